@@ -1,0 +1,171 @@
+"""What L0 is: a KVM release with its features, a sync policy, and the machine that it runs on."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nvmx_lab import data
+from nvmx_lab.errors import LabError, unknown
+
+RELEASES_TABLE = "l0_releases.toml"
+
+SYNC_POLICIES: Mapping[str, str] = {
+    "eager": "every rare field is read at each nested exit (KVM before the patch)",
+    "lazy": "all rare fields are read when L1 first needs one: the patch",
+    "per-field": "only the field that L1 reads is read; all when L1 dirties vmcs12 (rejected in the patch)",
+    "oracle": "knows the future: reads at the exit if L1 will need them, never pulls (lower bound)",
+}
+"""Sync policy -> what it does."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A KVM release as a set of features.
+
+    Attributes
+    ----------
+    name : str
+        As asked for: a base release and switched features, ``"5.3+ibpb"``.
+    features : frozenset of str
+        Names from ``data/l0_releases.toml``.
+    source : str
+        Where the base release's feature set comes from.
+    """
+
+    name: str
+    features: frozenset[str]
+    source: str
+
+    @property
+    def sync(self) -> str:
+        """The release's own sync policy."""
+        return "lazy" if "patch13" in self.features else "eager"
+
+    @property
+    def shadow_version(self) -> str:
+        """The version of the shadow field sets in `nvmx_lab.vmcs`."""
+        if "patch43" in self.features:
+            return "5.3"
+        return "patch13" if "patch08" in self.features else "5.2"
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads(data.path(RELEASES_TABLE).read_text(encoding="utf-8"))
+
+
+def features() -> Mapping[str, Mapping[str, Any]]:
+    """Return every feature with its meaning and source."""
+    return dict(_table()["features"])
+
+
+def base_features(name: str) -> frozenset[str]:
+    """Return the features of a base release, those of the release it extends included."""
+    entry = _table()["releases"][name]
+    inherited = base_features(entry["extends"]) if "extends" in entry else frozenset()
+    return inherited | frozenset(entry["features"])
+
+
+def releases() -> tuple[Release, ...]:
+    """Return the base releases, oldest first."""
+    table = _table()["releases"]
+    return tuple(Release(name, base_features(name), table[name]["source"]) for name in table)
+
+
+def release(spec: str) -> Release:
+    """Read a release: a base and features switched on (``+``) or off (``-``).
+
+    Parameters
+    ----------
+    spec : str
+        ``"5.2"``, ``"5.2+patch13"``, ``"5.3+ibpb"``, ``"6.1-migration-sync"``.
+
+    Raises
+    ------
+    LabError
+        If the base or a feature is unknown, or a switch changes nothing.
+    """
+    where = f"KVM release {spec!r}"
+    base, switches = re.fullmatch(r"([^+-]*)(.*)", spec.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    by_name = {r.name: r for r in releases()}
+    if base not in by_name:
+        raise unknown("KVM release", base, by_name, where=where)
+    chosen = set(by_name[base].features)
+    # Names hold hyphens ("no-ibpb-switch"), so a switch ends where the next sign follows a whole name.
+    names = "|".join(sorted(features(), key=len, reverse=True))
+    while switches:
+        match = re.match(rf"([+-])({names})(?=[+-]|$)", switches)
+        if match is None:
+            raise unknown("feature", switches[1:].split("+")[0], features(), where=where)
+        sign, feature = match.groups()
+        if (feature in chosen) == (sign == "+"):
+            state = "already has" if sign == "+" else "does not have"
+            raise LabError(f"{base} {state} this feature", where=where, got=sign + feature)
+        chosen.symmetric_difference_update({feature})
+        switches = switches[match.end() :]
+    return Release(spec.strip(), frozenset(chosen), by_name[base].source)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that L0's behaviour depends on besides the operations.
+
+    Attributes
+    ----------
+    kvm : Release
+        L0's KVM.
+    sync : str
+        One of `SYNC_POLICIES`.
+    shadow_vmcs, evmcs : bool
+        Whether L1 gets hardware VMCS shadowing, or uses an enlightened VMCS (never both).
+    mpx, apicv, pml, preemption_timer : bool
+        Features of L0's CPU.
+    vid : bool
+        L1 uses virtual-interrupt delivery and posted interrupts for L2.
+    pae : bool
+        L2 uses PAE paging.
+    legacy : bool
+        L2 starts outside IA-32e mode.
+    """
+
+    kvm: Release
+    sync: str
+    shadow_vmcs: bool = True
+    evmcs: bool = False
+    mpx: bool = True
+    apicv: bool = True
+    pml: bool = True
+    preemption_timer: bool = True
+    vid: bool = False
+    pae: bool = False
+    legacy: bool = False
+
+    @classmethod
+    def of(cls, kvm: str, sync: str | None = None, **options: bool) -> Config:
+        """Build a configuration from a KVM spec, a policy (None: the release's own) and options.
+
+        Raises
+        ------
+        LabError
+            If a name is unknown, or the options exclude each other.
+        """
+        rel = release(kvm)
+        if sync is not None and sync not in SYNC_POLICIES:
+            raise unknown("sync policy", sync, SYNC_POLICIES)
+        known = {name for name in cls.__dataclass_fields__ if name not in ("kvm", "sync")}
+        for name in options:
+            if name not in known:
+                raise unknown("option of L0", name, known)
+        if options.get("evmcs"):
+            # An L1 with an enlightened VMCS executes no VMREAD or VMWRITE: there is nothing to shadow.
+            options = {**options, "shadow_vmcs": False}
+        return cls(rel, sync or rel.sync, **options)
+
+    def with_sync(self, sync: str) -> Config:
+        """Return the same L0 with another sync policy."""
+        return replace(self, sync=sync)

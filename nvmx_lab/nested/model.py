@@ -1,0 +1,842 @@
+"""The model: what L0's nested VMX does, in plain Python, values and all.
+
+Method names are KVM's (nested.c, vmx.c). A method executes VMX instructions through `Nvmx._vmread` and
+its like, which move values between the VMCSs and append to `Nvmx.trace`; everything else about the cost
+is derived from that trace. Which fields a part of KVM touches is in ``data/l0_paths.csv``; when the part
+runs is here.
+
+What decides L0's behaviour besides the values is `Control`; the automaton is compiled by visiting all
+of its reachable values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from nvmx_lab import vmcs
+from nvmx_lab.errors import LabError
+from nvmx_lab.nested.config import Config
+from nvmx_lab.nested.ops import Kind, Operation
+from nvmx_lab.nested.paths import Access, Row, lengths, paths
+
+MAJOR_CONTROLS = frozenset(
+    {
+        "PIN_BASED_VM_EXEC_CONTROL",
+        "CPU_BASED_VM_EXEC_CONTROL",
+        "SECONDARY_VM_EXEC_CONTROL",
+        "VM_ENTRY_CONTROLS",
+        "VM_EXIT_CONTROLS",
+    }
+)
+"""The five control fields whose VMWRITE makes the CPU repeat all checks at the next VM-entry."""
+
+TO_USER_SPACE = frozenset({"IO_INSTRUCTION", "EPT_MISCONFIG"})
+"""L1 exits that L0 completes in its user space (L1's devices are emulated there)."""
+
+NO_SKIP = frozenset({"EXTERNAL_INTERRUPT", "EPT_VIOLATION", "EPT_MISCONFIG", "DR_ACCESS", "IO_INSTRUCTION"})
+"""L1 exits after which L0 does not call skip_emulated_instruction (or its path already holds it)."""
+
+EXIT_INFO = "exit-info(read-only)"
+AR_BYTES_MASK = 0x1F0FF
+WIDTH_MASK = {"16": 0xFFFF, "32": 0xFFFFFFFF, "64": (1 << 64) - 1, "natural": (1 << 64) - 1}
+
+Vmcs = dict[str, int]
+
+
+class VmFail(NamedTuple):
+    """A failed VMX instruction of L1: the SDM's error number, None for VMfailInvalid."""
+
+    number: int | None
+
+
+@dataclass(frozen=True)
+class Control:
+    """The control state: all that decides which instructions L0 executes, besides the operation.
+
+    Attributes
+    ----------
+    vmxon, guest_mode, has_vmcs12, launched : bool
+        L1 is in VMX operation; L2 runs; L1 has a current VMCS; that VMCS is launched.
+    loaded : str
+        The VMCS that is loaded on L0's CPU, ``"vmcs01"`` or ``"vmcs02"``.
+    need_sync_vmcs02_to_vmcs12_rare, dirty_vmcs12, need_vmcs12_to_shadow_sync : bool
+        As in ``struct nested_vmx``.
+    written : frozenset of str
+        Major control fields that L1 changed since the last nested entry.
+    evmcs_groups : frozenset of str
+        Clean-field groups of the enlightened VMCS that L1 changed since the last nested entry.
+    controls_written : frozenset of str
+        VMCSs of which L0 wrote a major control since they were last entered.
+    host_rsp_stale : frozenset of str
+        VMCSs whose HOST_RSP differs from L0's stack.
+    legacy, efer_differs, xapic : bool
+        L2 is outside IA-32e mode; L2's EFER is not the host's; L2 uses the APIC-access page.
+    dr_unlocked : bool
+        L1's debug registers were handed to it: L0 takes them back at the next exit.
+    """
+
+    vmxon: bool = False
+    guest_mode: bool = False
+    has_vmcs12: bool = False
+    launched: bool = False
+    loaded: str = "vmcs01"
+    need_sync_vmcs02_to_vmcs12_rare: bool = False
+    dirty_vmcs12: bool = False
+    need_vmcs12_to_shadow_sync: bool = False
+    written: frozenset[str] = frozenset()
+    evmcs_groups: frozenset[str] = frozenset()
+    controls_written: frozenset[str] = frozenset()
+    host_rsp_stale: frozenset[str] = frozenset()
+    legacy: bool = False
+    efer_differs: bool = True
+    xapic: bool = True
+    dr_unlocked: bool = False
+
+
+@dataclass
+class Trace:
+    """What one operation cost: instructions in order, and the events that are no instruction."""
+
+    accesses: list[Access] = field(default_factory=list)
+    transitions: int = 0
+    control_checks: int = 0
+    field_lookups: int = 0
+    pulls: int = 0
+    rare_vmreads: int = 0
+    l1_vmreads: int = 0
+    l1_vmwrites: int = 0
+    instructions: float = 0.0
+
+
+class NestedState(NamedTuple):
+    """What KVM_GET_NESTED_STATE hands to user space."""
+
+    vmxon: bool
+    guest_mode: bool
+    vmptr: str | None
+    vmcs12: Vmcs
+    launched: bool
+    memory: dict[str, tuple[Vmcs, bool]]
+
+
+DYNAMIC = frozenset(
+    {"legacy", "efer_differs", "xapic", "slow", "dirty_guest_grp1", "dirty_guest_grp2"}
+)
+"""Condition tokens that depend on the control state; ``changed:FIELD`` does too."""
+
+CONFIG_TOKENS = frozenset({"shadow_vmcs", "evmcs", "mpx", "apicv", "pml", "vid", "pae"})
+"""Condition tokens that are options of `Config`; every other token is a feature of the release."""
+
+
+def _static_token(config: Config, token: str) -> bool:
+    if token in CONFIG_TOKENS:
+        return bool(getattr(config, token))
+    return token in config.kvm.features
+
+
+@functools.cache
+def _resolved_paths(config: Config) -> Mapping[str, tuple[Row, ...]]:
+    """Return the paths of one L0: rows that never run dropped, conditions that always hold too."""
+    resolved: dict[str, tuple[Row, ...]] = {}
+    for path, rows in paths().items():
+        kept = []
+        for row in rows:
+            dynamic = []
+            for token in row.condition:
+                name = token.removeprefix("!")
+                if name in DYNAMIC or name.startswith("changed:"):
+                    dynamic.append(token)
+                elif _static_token(config, name) == token.startswith("!"):
+                    break
+            else:
+                kept.append(row._replace(condition=tuple(dynamic)))
+        resolved[path] = tuple(kept)
+    return resolved
+
+
+class Nvmx:
+    """L0's nested VMX for one L1 vCPU.
+
+    Parameters
+    ----------
+    config : Config
+        Release, policy and machine.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.control = Control(legacy=config.legacy)
+        self.trace = Trace()
+        self.vmcs01: Vmcs = {}
+        self.vmcs02: Vmcs = {}
+        self.vmcs12: Vmcs = {}  # cached_vmcs12
+        self.shadow: Vmcs = {}
+        self.evmcs: Vmcs = {}
+        self.memory: dict[str, tuple[Vmcs, bool]] = {}  # vmptr -> (vmcs12, launched)
+        self.current_vmptr: str | None = None
+        version = config.kvm.shadow_version
+        absent = {
+            f.name
+            for f in vmcs.catalogue().values()
+            if f.requires in ("apicv", "pml", "preemption_timer")
+            and not getattr(config, f.requires)
+        }
+        order = vmcs.catalogue()
+        rw, ro = vmcs.shadow_rw(version), vmcs.shadow_ro(version)
+        self._rw_static = rw
+        self._rw = tuple(n for n in order if n in rw - absent)
+        self._ro = tuple(n for n in order if n in ro - absent)
+        self._exit_info = tuple(f.name for f in order.values() if f.group == EXIT_INFO)
+        self._paths = _resolved_paths(config)
+        self._rare = vmcs.rare(mpx=config.mpx and "no-bndcfgs-read" not in config.kvm.features)
+
+    # -- control state -------------------------------------------------------------------------
+
+    def _set(self, **changes: object) -> None:
+        self.control = replace(self.control, **changes)  # type: ignore[arg-type]
+
+    def has(self, feature: str) -> bool:
+        """Return whether L0's release has the feature."""
+        return feature in self.config.kvm.features
+
+    def holds(self, condition: Iterable[str]) -> bool:
+        """Return whether every token of a condition of a path table holds now."""
+        return all(
+            not self._token(token[1:]) if token.startswith("!") else self._token(token)
+            for token in condition
+        )
+
+    def _token(self, token: str) -> bool:
+        state = self.control
+        match token:
+            case "legacy" | "efer_differs" | "xapic":
+                return bool(getattr(state, token))
+            case "slow":  # prepare_vmcs02's slow parts always run for an enlightened VMCS
+                return state.dirty_vmcs12 or self.config.evmcs
+            case "dirty_guest_grp1" | "dirty_guest_grp2":
+                group = token.removeprefix("dirty_").upper()
+                return state.dirty_vmcs12 or group in state.evmcs_groups
+            case _ if token.startswith("changed:"):
+                return token.removeprefix("changed:") in state.written
+        return _static_token(self.config, token)
+
+    # -- instructions --------------------------------------------------------------------------
+
+    def _loaded_vmcs(self) -> Vmcs:
+        return self.vmcs02 if self.control.loaded == "vmcs02" else self.vmcs01
+
+    def _emit(self, op: str, name: str, function: str) -> None:
+        self.trace.accesses.append(Access(op, name, function))
+
+    def _vmread(self, name: str, function: str) -> int:
+        self._emit("VMREAD", name, function)
+        return self._loaded_vmcs().get(name, 0)
+
+    def _vmwrite(self, name: str, value: int, function: str) -> None:
+        self._emit("VMWRITE", name, function)
+        self._loaded_vmcs()[name] = value
+        if name in MAJOR_CONTROLS:
+            loaded = self.control.loaded
+            self._set(controls_written=self.control.controls_written | {loaded})
+
+    def _run(self, path: str) -> None:
+        """Execute a straight path of ``data/l0_paths.csv``."""
+        for row in self._paths[path]:
+            if not self.holds(row.condition):
+                continue
+            for access in row.accesses:
+                if access.op == "VMREAD":
+                    value = self._vmread(access.field, access.function)
+                    if row.copies_vmcs12:
+                        self.vmcs12[access.field] = value
+                elif access.op == "VMWRITE":
+                    source = self.vmcs12 if row.copies_vmcs12 else self._loaded_vmcs()
+                    self._vmwrite(access.field, source.get(access.field, 0), access.function)
+                else:
+                    self.trace.accesses.append(access)
+
+    def _stretch(self, name: str) -> None:
+        """Add the retired instructions of a stretch of ``data/l0_lengths.csv``."""
+        table = lengths()
+        general = (name, name.partition("+")[0], name.partition(".")[0])
+        for row in next(table[key] for key in general if key in table):
+            if self.holds(row.condition):
+                self.trace.instructions += row.instructions
+                return
+
+    def _switch_vmcs(self, target: str, path: str) -> None:
+        self._set(loaded=target)
+        self._run(path)
+
+    # -- the patch: rare fields ----------------------------------------------------------------
+
+    def sync_vmcs02_to_vmcs12_rare(self, function: str = "sync_vmcs02_to_vmcs12_rare") -> None:
+        """Read every rare field of vmcs02 into vmcs12; vmcs02 must be loaded."""
+        self._require_loaded("vmcs02", "sync_vmcs02_to_vmcs12_rare")
+        for name in self._rare:
+            self.vmcs12[name] = self._vmread(name, function)
+        self.trace.rare_vmreads += len(self._rare)
+        self._set(need_sync_vmcs02_to_vmcs12_rare=False)
+
+    def copy_vmcs02_to_vmcs12_rare(self) -> None:
+        """Pull: switch to vmcs02, read the rare fields, switch back; nothing if the flag is clear."""
+        if not self.control.need_sync_vmcs02_to_vmcs12_rare:
+            return
+        self._require_loaded("vmcs01", "copy_vmcs02_to_vmcs12_rare")
+        self._switch_vmcs("vmcs02", "pull.switch")
+        self.sync_vmcs02_to_vmcs12_rare()
+        self._switch_vmcs("vmcs01", "pull.switch")
+        self.trace.pulls += 1
+        self._stretch("pull")
+
+    def _copy_one_rare_field(self, name: str) -> None:
+        """The alternative that the patch's message rejects: fetch only the field that L1 reads."""
+        if not self.control.need_sync_vmcs02_to_vmcs12_rare or name not in self._rare:
+            return
+        self._switch_vmcs("vmcs02", "pull.switch")
+        self.vmcs12[name] = self._vmread(name, "sync_vmcs02_to_vmcs12_rare")
+        self.trace.rare_vmreads += 1
+        self._switch_vmcs("vmcs01", "pull.switch")
+        self.trace.pulls += 1
+        self._stretch("pull_one")
+
+    def sync_vmcs02_to_vmcs12(self, *, will_pull: bool = False) -> None:
+        """Copy L2's state at a nested exit: eager fields always, rare ones by the sync policy."""
+        lazy = self.config.sync != "eager" and not self.config.evmcs
+        if lazy and self.config.sync == "oracle" and will_pull:
+            lazy = False
+        if self.has("patch13") or self.config.sync != "eager":
+            if not lazy:
+                self._read_rare_now()
+            self._run("sync_vmcs02_to_vmcs12")
+        else:
+            # One function before the patch: the rare fields continue its straight line.
+            self._run("sync_vmcs02_to_vmcs12")
+            self._read_rare_now("sync_vmcs02_to_vmcs12")
+        self._set(need_sync_vmcs02_to_vmcs12_rare=lazy)
+
+    def _read_rare_now(self, function: str = "sync_vmcs02_to_vmcs12_rare") -> None:
+        self.sync_vmcs02_to_vmcs12_rare(function)
+        self._stretch("rare_reader")
+
+    def _require_loaded(self, name: str, function: str) -> None:
+        if self.control.loaded != name:
+            raise AssertionError(f"{function} needs {name} loaded, {self.control.loaded} is")
+
+    # -- shadow VMCS ---------------------------------------------------------------------------
+
+    def copy_shadow_to_vmcs12(self) -> None:
+        """Read what L1 wrote to the shadow VMCS without an exit."""
+        self._shadow_copy(
+            "copy_shadow_to_vmcs12",
+            self._rw if self.has("patch07") else self._rw + self._ro,
+            self._read_shadow_field,
+        )
+        self._stretch("copy_shadow_to_vmcs12")
+
+    def copy_vmcs12_to_shadow(self) -> None:
+        """Write vmcs12 to the shadow VMCS for exit-less accesses by L1."""
+        self._shadow_copy("nested_sync_vmcs12_to_shadow", self._rw + self._ro, self._write_shadow_field)
+        self._set(need_vmcs12_to_shadow_sync=False)
+        self._stretch("copy_vmcs12_to_shadow")
+
+    def _read_shadow_field(self, name: str) -> None:
+        self._emit("VMREAD", name, "copy_shadow_to_vmcs12")
+        self.vmcs12[name] = self.shadow.get(name, 0)
+
+    def _write_shadow_field(self, name: str) -> None:
+        self._emit("VMWRITE", name, "nested_sync_vmcs12_to_shadow")
+        self.shadow[name] = self.vmcs12.get(name, 0)
+
+    def _shadow_copy(
+        self, function: str, names: Iterable[str], copy_field: Callable[[str], None]
+    ) -> None:
+        self._emit("VMPTRLD", "", function)
+        for name in names:
+            copy_field(name)
+            if not self.has("patch09"):
+                self.trace.field_lookups += 1
+        self._emit("VMCLEAR", "", function)
+        self._emit("VMPTRLD", "", function)
+
+    # -- nested exit ---------------------------------------------------------------------------
+
+    def nested_exit(self, reason: str, info: Mapping[str, int] | None = None) -> None:
+        """L2 exits, L0 reflects the exit to L1, L1 runs: the exit leg.
+
+        Parameters
+        ----------
+        reason : str
+            Basic exit reason; ``+pull`` behind it tells the oracle that L1 will need a rare field.
+        info : mapping of str to int, optional
+            Exit-information fields as the CPU writes them to vmcs02.
+        """
+        self._require(self.control.guest_mode, "L2 does not run")
+        reason, _, foreseen = reason.partition("+")
+        self._vm_exit()
+        self.vmcs02.update(info or {})
+        self._run("vmx_vcpu_run.exit")
+        path = f"reflect.{reason}"
+        self._run(path if path in paths() else "reflect")
+        self.nested_vmx_vmexit(will_pull=foreseen == "pull", reflected=True)
+        self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.regs")
+        self._stretch(f"exit.{reason}")
+        if self.control.legacy:
+            self._stretch("exit_legacy")
+
+    def nested_vmx_vmexit(self, *, will_pull: bool = False, reflected: bool) -> None:
+        """Leave L2: copy its state to vmcs12, switch to vmcs01, load L1's host state.
+
+        `reflected` is false for the forced leave (exit reason -1): no exit information for L1.
+        """
+        self._set(guest_mode=False)
+        self.sync_vmcs02_to_vmcs12(will_pull=will_pull)
+        if reflected:
+            self._run("prepare_vmcs12")
+            for name in self._exit_info:  # handed down by the reflecting handler: no further VMREAD
+                self.vmcs12[name] = self.vmcs02.get(name, 0)
+            self._set(launched=True)
+        self._switch_vmcs("vmcs01", "vmx_switch_vmcs")
+        self._run("nested_vmx_vmexit")
+        if reflected and (self.config.shadow_vmcs or self.config.evmcs):
+            self._set(need_vmcs12_to_shadow_sync=True)
+        self._run("load_vmcs12_host_state")
+
+    def vmx_vcpu_run(self, enter: str, registers: str | None) -> None:
+        """Enter the loaded VMCS: sync the shadow VMCS, flush dirty registers, VM-entry."""
+        if not self.control.guest_mode and self.control.need_vmcs12_to_shadow_sync:
+            if self.config.evmcs:
+                self.evmcs = dict(self.vmcs12)  # copy_vmcs12_to_enlightened: plain stores
+                self._set(need_vmcs12_to_shadow_sync=False)
+            elif self.config.shadow_vmcs and self.control.has_vmcs12:
+                self.copy_vmcs12_to_shadow()
+        self._run(enter)
+        if registers is not None:
+            self._run(registers)
+        loaded = self.control.loaded
+        if loaded in self.control.host_rsp_stale:
+            self._run("vmx_update_host_rsp")
+            self._set(host_rsp_stale=self.control.host_rsp_stale - {loaded})
+        if loaded in self.control.controls_written:
+            self.trace.control_checks += 1
+            self._set(controls_written=self.control.controls_written - {loaded})
+
+    def _vm_exit(self) -> None:
+        self.trace.transitions += 1  # the pair: this VM-exit and the VM-entry that ends the operation
+
+    def _require(self, condition: bool, what: str) -> None:
+        if not condition:
+            raise LabError(what, where="operation on the nested VMX model")
+
+    # -- L1 exits that L0 handles --------------------------------------------------------------
+
+    def _l1_exit(self, handler: Callable[[], object], stretch: str, *, skip: bool = True) -> None:
+        """One exit of L1: common entry path, its handler, skip the instruction, enter L1 again."""
+        self._require(not self.control.guest_mode, "L1 does not run")
+        self._vm_exit()
+        self._run("vmx_vcpu_run.exit")
+        if self.control.dr_unlocked:
+            self._set(dr_unlocked=False)
+            self._run("vmx_sync_dirty_debug_regs")
+        self._run("vmx_handle_exit")
+        handler()
+        if skip:
+            self._run("skip")
+        self._stretch(stretch)
+
+    def l1_exit(self, reason: str) -> None:
+        """Handle an exit of L1 that has nothing to do with nesting (RDMSR, EPT violation, ...).
+
+        ``+irq`` behind the reason: L0 delivers a virtual interrupt to L1 on the way back;
+        ``+eoi``: the WRMSR is an end of interrupt that updates the virtual ISR.
+        """
+        bare, _, extra = reason.partition("+")
+
+        def handle() -> None:
+            named = [f"l1_exit.{reason}", f"l1_exit.{bare}", "l1_exit"]
+            self._run(next(path for path in named if path in paths()))
+            if bare == "DR_ACCESS":
+                self._set(dr_unlocked=True)
+            if bare in TO_USER_SPACE and self.has("host-kstack"):
+                self._set(host_rsp_stale=frozenset({"vmcs01", "vmcs02"}))
+
+        self._l1_exit(handle, f"l1_exit.{reason}", skip=bare not in NO_SKIP)
+        silent = bare in ("EXTERNAL_INTERRUPT", "EPT_VIOLATION", "DR_ACCESS")
+        if extra == "irq":
+            self._run("vmx_set_rvi")
+        self.vmx_vcpu_run("vmx_vcpu_run.enter", None if silent else "vmx_vcpu_run.rip")
+
+    def _vmx_instruction(
+        self, handler: Callable[[], VmFail | None], path: str, stretch: str
+    ) -> VmFail | None:
+        """An exit of L1 for a VMX instruction: decode, handle, report success or failure."""
+        result: list[VmFail | None] = []
+
+        def handle() -> None:
+            self._run(path)
+            result.append(handler())
+            self._run("set_rflags" if path == "nested_vmx_get_vmptr" else "nested_vmx_succeed")
+
+        self._l1_exit(handle, stretch)
+        self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.rip")
+        return result[0]
+
+    # -- VMREAD and VMWRITE by L1 --------------------------------------------------------------
+
+    def traps(self, name: str, *, write: bool) -> bool:
+        """Return whether an access by L1 to the field exits to L0."""
+        if not (self.config.shadow_vmcs and self.control.has_vmcs12):
+            return True
+        if name in self._rw:
+            return False
+        # Before patch 07 the VMWRITE bitmap equalled the VMREAD bitmap.
+        return not (name in self._ro and (not write or not self.has("patch07")))
+
+    def l1_vmread(self, name: str) -> int | VmFail:
+        """L1 executes VMREAD; return what it sees."""
+        vmcs.field(name)
+        if not self.traps(name, write=False):
+            self.trace.l1_vmreads += 1
+            return self.shadow.get(name, 0)
+        seen: list[int] = []
+
+        def handle() -> VmFail | None:
+            value = self.handle_vmread(name)
+            if isinstance(value, VmFail):
+                return value
+            seen.append(value)
+            return None
+
+        failure = self._vmx_instruction(handle, "handle_vmread", "l1_exit.VMREAD")
+        return failure if failure is not None else seen[0]
+
+    def handle_vmread(self, name: str) -> int | VmFail:
+        """L0 emulates VMREAD; a rare field is pulled first."""
+        if not self.control.has_vmcs12:
+            return VmFail(None)
+        if not vmcs.field(name).in_vmcs12:
+            return VmFail(12)
+        if vmcs.is_rare(name):
+            if self.config.sync == "per-field":
+                self._copy_one_rare_field(name)
+            else:
+                self.copy_vmcs02_to_vmcs12_rare()
+        return self.vmcs12.get(name, 0)
+
+    def l1_vmwrite(self, name: str, value: int) -> VmFail | None:
+        """L1 executes VMWRITE."""
+        value &= WIDTH_MASK[vmcs.field(name).width]
+        if not self.traps(name, write=True):
+            self.trace.l1_vmwrites += 1
+            self.shadow[name] = value
+            self._note_control_write(name)
+            return None
+        return self._vmx_instruction(
+            lambda: self.handle_vmwrite(name, value), "handle_vmwrite", "l1_exit.VMWRITE"
+        )
+
+    def handle_vmwrite(self, name: str, value: int) -> VmFail | None:
+        """L0 emulates VMWRITE; whatever dirties vmcs12 pulls first."""
+        if not self.control.has_vmcs12:
+            return VmFail(None)
+        rw_shadowed = name in self._rw_static
+        known = vmcs.field(name).in_vmcs12
+        if self.has("validate-first") and not known:
+            return VmFail(12)
+        if not rw_shadowed:
+            # Else a field is crushed by a later pull, or the dirty entry consumes a stale one.
+            self.copy_vmcs02_to_vmcs12_rare()
+        if not known:
+            return VmFail(12)
+        if self.has("patch08") and name.startswith("GUEST_") and name.endswith("_AR_BYTES"):
+            value &= AR_BYTES_MASK
+        self.vmcs12[name] = value
+        self._note_control_write(name)
+        if not rw_shadowed:
+            if self.config.shadow_vmcs and name in self._ro:
+                self._shadow_copy("handle_vmwrite", (name,), self._write_shadow_field_of_vmwrite)
+            self._set(dirty_vmcs12=True)
+        return None
+
+    def _write_shadow_field_of_vmwrite(self, name: str) -> None:
+        self._emit("VMWRITE", name, "handle_vmwrite")
+        self.shadow[name] = self.vmcs12[name]
+
+    def _note_control_write(self, name: str) -> None:
+        if name in MAJOR_CONTROLS:
+            self._set(written=self.control.written | {name})
+
+    def evmcs_write(self, name: str, value: int) -> None:
+        """L1 stores to its enlightened VMCS: no exit; the clean-field group becomes dirty."""
+        self._require(self.config.evmcs, "L1 has no enlightened VMCS")
+        self.evmcs[name] = value & WIDTH_MASK[vmcs.field(name).width]
+        self._set(evmcs_groups=self.control.evmcs_groups | {vmcs.field(name).evmcs_clean_group})
+        self._note_control_write(name)
+
+    def evmcs_read(self, name: str) -> int:
+        """L1 loads from its enlightened VMCS."""
+        self._require(self.config.evmcs, "L1 has no enlightened VMCS")
+        return self.evmcs.get(name, 0)
+
+    # -- current VMCS --------------------------------------------------------------------------
+
+    def vmxon(self) -> None:
+        """L1 enters VMX operation: a fresh vmcs02."""
+        self.vmcs02 = {}
+        self._set(vmxon=True)
+
+    def vmxoff(self) -> None:
+        """L1 leaves VMX operation: free_nested, vmcs12 is dropped, not written back."""
+        self._l1_exit(self.free_nested, "l1_exit.VMXOFF")
+        self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.rip")
+
+    def free_nested(self) -> None:
+        """Free vmcs02 and forget the current VMCS; KVM leaves need_sync as it is (section 9.9)."""
+        if self.control.has_vmcs12:
+            self._run("vmx_disable_shadow_vmcs")
+        self.vmcs02, self.vmcs12, self.shadow, self.evmcs = {}, {}, {}, {}
+        self.current_vmptr = None
+        self._set(
+            vmxon=False,
+            has_vmcs12=False,
+            launched=False,
+            need_vmcs12_to_shadow_sync=False,
+            written=frozenset(),
+            evmcs_groups=frozenset(),
+        )
+
+    def nested_release_vmcs12(self) -> None:
+        """Write the current VMCS back to L1's memory; pulls first."""
+        if self.current_vmptr is None:
+            return
+        self.copy_vmcs02_to_vmcs12_rare()
+        if self.config.shadow_vmcs:
+            self.copy_shadow_to_vmcs12()
+            self._run("vmx_disable_shadow_vmcs")
+        self.memory[self.current_vmptr] = (dict(self.vmcs12), self.control.launched)
+        self.current_vmptr = None
+        self._set(has_vmcs12=False, need_vmcs12_to_shadow_sync=False)
+
+    def vmclear(self, vmptr: str) -> VmFail | None:
+        """L1 executes VMCLEAR."""
+
+        def handle() -> None:
+            if vmptr == self.current_vmptr and not self.config.evmcs:
+                self.nested_release_vmcs12()
+            fields, _ = self.memory.get(vmptr, ({}, False))
+            self.memory[vmptr] = (fields, False)
+
+        return self._vmx_instruction(handle, "nested_vmx_get_vmptr", "l1_exit.VMCLEAR")
+
+    def vmptrld(self, vmptr: str) -> VmFail | None:
+        """L1 executes VMPTRLD; the same VMCS again changes nothing."""
+
+        def handle() -> None:
+            if vmptr == self.current_vmptr:
+                return
+            self.nested_release_vmcs12()
+            fields, launched = self.memory.get(vmptr, ({}, False))
+            self.vmcs12 = dict(fields)
+            self.set_current_vmptr(vmptr, launched=launched)
+
+        return self._vmx_instruction(handle, "nested_vmx_get_vmptr", "l1_exit.VMPTRLD")
+
+    def set_current_vmptr(self, vmptr: str, *, launched: bool) -> None:
+        """Make a VMCS current: everything of it is new to vmcs02 and to the shadow VMCS."""
+        self.current_vmptr = vmptr
+        self._run("set_current_vmptr")
+        if self.config.evmcs:
+            self.evmcs = dict(self.vmcs12)
+        self._set(
+            has_vmcs12=True,
+            launched=launched,
+            dirty_vmcs12=True,
+            need_vmcs12_to_shadow_sync=self.config.shadow_vmcs,
+        )
+
+    # -- nested entry --------------------------------------------------------------------------
+
+    def vmlaunch(self) -> VmFail | None:
+        """L1 executes VMLAUNCH."""
+        return self.nested_vmx_run(launch=True)
+
+    def vmresume(self) -> VmFail | None:
+        """L1 executes VMRESUME."""
+        return self.nested_vmx_run(launch=False)
+
+    def nested_vmx_run(self, *, launch: bool) -> VmFail | None:
+        """Emulate VMLAUNCH or VMRESUME up to the VM-entry of L2."""
+        failure: list[VmFail | None] = [None]
+
+        def handle() -> None:
+            self._run("nested_vmx_run")
+            if not self.control.has_vmcs12:
+                failure[0] = VmFail(None)
+                return
+            if self.config.evmcs:
+                self.vmcs12.update(self.evmcs)  # copy_enlightened_to_vmcs12
+            elif self.config.shadow_vmcs:
+                self.copy_shadow_to_vmcs12()
+            if launch == self.control.launched:
+                failure[0] = VmFail(4 if launch else 5)
+                return
+            self.nested_vmx_enter_non_root_mode()
+
+        self._l1_exit(handle, "l1_exit.VMRESUME", skip=False)
+        if failure[0] is not None:
+            self._run("nested_vmx_succeed")
+            self._run("skip")
+            self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.rip")
+            return failure[0]
+        self.vmx_vcpu_run("vmx_vcpu_run.nested_enter", "vmx_vcpu_run.regs.nested")
+        return None
+
+    def nested_vmx_enter_non_root_mode(self) -> None:
+        """Switch to vmcs02 and bring it up to date from vmcs12."""
+        self._run("nested_vmx_enter")
+        self._set(guest_mode=True)
+        self._switch_vmcs("vmcs02", "vmx_switch_vmcs")
+        self.prepare_vmcs02()
+
+    def prepare_vmcs02(self) -> None:
+        """Write vmcs02: a clean vmcs12 needs a few fields, a dirty one nearly all."""
+        self._stretch("entry.dirty" if self.control.dirty_vmcs12 else "entry.clean")
+        for path in (
+            "prepare_vmcs02_early",
+            "nested_get_vmcs12_pages",
+            "prepare_vmcs02_rare",
+            "prepare_vmcs02",
+        ):
+            self._run(path)
+        self._set(dirty_vmcs12=False, written=frozenset(), evmcs_groups=frozenset())
+
+    # -- L2 ------------------------------------------------------------------------------------
+
+    def l2_write(self, name: str, value: int) -> None:
+        """L2 changes a field of its own state."""
+        self._require(self.control.guest_mode, "L2 does not run")
+        self.vmcs02[name] = value & WIDTH_MASK[vmcs.field(name).width]
+
+    def l2_read(self, name: str) -> int:
+        """Return what L2 has in a field of its state."""
+        self._require(self.control.guest_mode, "L2 does not run")
+        return self.vmcs02.get(name, 0)
+
+    def l0_exit(self, reason: str) -> None:
+        """L2 exits, L0 handles it, L2 goes on: L1 sees nothing."""
+        self._require(self.control.guest_mode, "L2 does not run")
+        self._vm_exit()
+        self._run("vmx_vcpu_run.exit")
+        self._run("l0_exit")
+        self.vmx_vcpu_run("vmx_vcpu_run.enter", None)
+        self._stretch(f"l0_exit.{reason}")
+
+    # -- migration -----------------------------------------------------------------------------
+
+    def get_nested_state(self) -> NestedState:
+        """KVM_GET_NESTED_STATE: what a migration target gets."""
+        if self.control.guest_mode:
+            self.sync_vmcs02_to_vmcs12()
+            if self.control.need_sync_vmcs02_to_vmcs12_rare:
+                self.sync_vmcs02_to_vmcs12_rare()
+        elif self.control.has_vmcs12:
+            if self.has("migration-sync"):
+                self.copy_vmcs02_to_vmcs12_rare()
+            if not self.control.need_vmcs12_to_shadow_sync:
+                if self.config.evmcs:
+                    self.vmcs12.update(self.evmcs)
+                elif self.config.shadow_vmcs:
+                    self.copy_shadow_to_vmcs12()
+        return NestedState(
+            self.control.vmxon,
+            self.control.guest_mode,
+            self.current_vmptr,
+            dict(self.vmcs12),
+            self.control.launched,
+            {ptr: (dict(fields), launched) for ptr, (fields, launched) in self.memory.items()},
+        )
+
+    def set_nested_state(self, state: NestedState) -> None:
+        """KVM_SET_NESTED_STATE: leave what was, restore what `state` says."""
+        if self.control.guest_mode:
+            self.nested_vmx_vmexit(reflected=False)  # vmx_leave_nested
+        self.free_nested()
+        self.memory = {p: (dict(fields), launched) for p, (fields, launched) in state.memory.items()}
+        if not state.vmxon:
+            return
+        self.vmxon()
+        if state.vmptr is None:
+            return
+        self.vmcs12 = dict(state.vmcs12)
+        self.set_current_vmptr(state.vmptr, launched=state.launched)
+        if state.guest_mode:
+            self.nested_vmx_enter_non_root_mode()
+            self.vmx_vcpu_run("vmx_vcpu_run.nested_enter", "vmx_vcpu_run.regs.nested")
+
+    # -- streams -------------------------------------------------------------------------------
+
+    def apply(self, operation: Operation) -> None:
+        """Execute one operation of a stream; values do not matter, each VMWRITE is a change."""
+        kind, arg = operation
+        match kind:
+            case Kind.EXIT:
+                self.nested_exit(arg)
+            case Kind.L0_EXIT:
+                self.l0_exit(arg)
+            case Kind.L1_EXIT:
+                self.l1_exit(arg)
+            case Kind.VMREAD:
+                self.l1_vmread(arg)
+            case Kind.VMWRITE if self.config.evmcs:
+                self.evmcs_write(arg, 0)
+            case Kind.VMWRITE:
+                self.l1_vmwrite(arg, 0)
+            case Kind.VMLAUNCH | Kind.VMRESUME:
+                # A stream records entries that succeeded: VMLAUNCH where L1 had to launch.
+                self._set(launched=kind is Kind.VMRESUME)
+                self.nested_vmx_run(launch=kind is Kind.VMLAUNCH)
+            case Kind.VMPTRLD:
+                self.vmptrld(self.current_vmptr or "A" if arg == "same" else self._other_vmptr())
+            case Kind.VMCLEAR:
+                current = self.current_vmptr
+                self.vmclear(current if arg == "current" and current else self._other_vmptr())
+            case Kind.VMXON:
+                self.vmxon()
+            case Kind.VMXOFF:
+                self.vmxoff()
+            case Kind.GET_NESTED_STATE:
+                self.get_nested_state()
+            case Kind.SET_NESTED_STATE:
+                self.set_nested_state(self.get_nested_state())
+            case Kind.L2_MODE:
+                self.l2_mode(arg)
+
+    def _other_vmptr(self) -> str:
+        return "B" if self.current_vmptr == "A" else "A"
+
+    def l2_mode(self, mode: str) -> None:
+        """L2's environment changed; costs nothing by itself.
+
+        ``long`` and ``legacy`` set its mode, ``efer-host`` makes its EFER the host's, ``x2apic`` and
+        ``xapic`` set how it reaches its APIC.
+        """
+        match mode:
+            case "long" | "legacy":
+                self._set(legacy=mode == "legacy")
+            case "efer-host":
+                self._set(efer_differs=False)
+            case "x2apic" | "xapic":
+                self._set(xapic=mode == "xapic")
+            case _:
+                raise LabError("unknown mode of L2", got=mode)
+
+    def start(self) -> None:
+        """Bring L1 to where every stream starts: L2 runs, its VMCS clean and launched."""
+        self.vmxon()
+        self.vmptrld("A")
+        self.nested_vmx_run(launch=True)
+        self._set(launched=True, dirty_vmcs12=False)
+        self.trace = Trace()

@@ -1,0 +1,351 @@
+"""Executed runs: real KVM, every VMX instruction logged, as streams and as counts to compare with.
+
+A run is ``RUN.toml``, ``RUN.exits.parquet`` and ``RUN.l1_ops.parquet``; ``RUN.segments.parquet`` adds
+the retired instructions of each stretch. ``data/README.md`` describes the columns.
+
+The log has instructions, not values. Where L0's next step depends on a value, the operations are
+annotated from what L1 did; each rule is a function here and says what it infers from what.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvmx_lab import data, vmcs
+from nvmx_lab.errors import LabError
+from nvmx_lab.nested.config import Config
+from nvmx_lab.nested.ops import Kind, Operation
+from nvmx_lab.workload.streams import Stream, from_round_trips
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXITS_COLUMNS = (
+    *("exit", "phase", "l2_exit_reason", "l0_vmread", "l0_vmwrite", "l0_vmptrld", "l0_vmclear"),
+    "l0_rare_vmread",
+)
+L1_OPS_COLUMNS = ("exit", "seq", "op", "field", "trapped")
+SEGMENTS_COLUMNS = ("exit", "level", "handler", "instructions", "vmptrld", "rare_vmread")
+
+NOT_A_PATH = ("HLT", "EPT_VIOLATION")
+"""L1 exits whose stretch in L0 is no path of KVM: the idle wait of a halted vCPU, and the allocation
+and zeroing of memory on a page fault. Their lengths say how long L0 slept or how large a page was."""
+
+_LEGACY_PHASES = ("pm32", "real16")
+_UART_BURST = 8
+
+
+@dataclass(frozen=True)
+class ExecutedRun:
+    """One run: L0's configuration, the operations as a stream, and what the log counted.
+
+    Attributes
+    ----------
+    name : str
+        Name of the run.
+    config : Config
+        L0 as ``RUN.toml`` says.
+    stream : Stream
+        One word per reflected exit.
+    logged : DataFrame
+        One row per exit: phase, vmread, vmwrite, vmptrld, vmclear, pulls, rare_vmread, and retired
+        (L0's instructions except `NOT_A_PATH`; NaN without segments).
+    not_compared : float
+        Share of L0's retired instructions in `NOT_A_PATH` stretches (NaN without segments).
+    """
+
+    name: str
+    config: Config
+    stream: Stream
+    logged: pd.DataFrame
+    not_compared: float
+
+
+def run_names(directory: Path | None = None) -> tuple[str, ...]:
+    """Return the runs in a directory (default: those that the kit ships).
+
+    Raises
+    ------
+    LabError
+        If the directory does not exist or holds no run.
+    """
+    where = directory or data.path("executed")
+    if not where.is_dir():
+        raise LabError("no such directory of executed runs", where=where)
+    names = tuple(
+        sorted(p.name.removesuffix(".exits.parquet") for p in where.glob("*.exits.parquet"))
+    )
+    if not names:
+        raise LabError(
+            "no executed run here", where=where, allowed="RUN.exits.parquet and its like"
+        )
+    return names
+
+
+def load(name: str, directory: Path | None = None) -> ExecutedRun:
+    """Load a run.
+
+    Parameters
+    ----------
+    name : str
+        Name of the run, without ``.toml``.
+    directory : Path, optional
+        Where its files are (default: the shipped runs).
+
+    Raises
+    ------
+    LabError
+        If a file is missing or malformed.
+    """
+    where = directory or data.path("executed")
+    known = run_names(where)
+    if name not in known:
+        from nvmx_lab.errors import unknown
+
+        raise unknown("executed run", name, known, where=where)
+    settings = _settings(where / f"{name}.toml")
+    exits = _parquet(where / f"{name}.exits.parquet", EXITS_COLUMNS).sort_values("exit")
+    operations = _parquet(where / f"{name}.l1_ops.parquet", L1_OPS_COLUMNS)
+    trips = _round_trips(exits, operations.sort_values(["exit", "seq"]), settings["evmcs"])
+    config = Config.of(
+        settings["kvm"],
+        settings["sync"],
+        shadow_vmcs=settings["shadow_vmcs"],
+        evmcs=settings["evmcs"],
+        mpx=settings["mpx"],
+        vid=bool(
+            ((operations["op"] == "VMWRITE") & (operations["name"] == "GUEST_INTR_STATUS")).any()
+        ),
+        legacy=_starts_legacy(exits, operations),
+    )
+    segments = where / f"{name}.segments.parquet"
+    retired, l1_retired, pulls, not_compared = _from_segments(segments, exits)
+    stream = from_round_trips(
+        trips, source=name, basis="executed", labels=exits["phase"], l1_instructions=l1_retired
+    )
+    logged = exits.rename(columns=lambda c: c.removeprefix("l0_")).reset_index(drop=True)
+    logged["retired"] = retired
+    logged["pulls"] = pulls if pulls is not None else _pulls_of(logged, config)
+    return ExecutedRun(name, config, stream, logged, not_compared)
+
+
+def _pulls_of(logged: pd.DataFrame, config: Config) -> Any:
+    """Pulls of each exit, where only the exit's totals are logged: the rare reader ran outside the leg.
+
+    An eager L0 or an enlightened VMCS runs the reader in the exit leg; that is no pull.
+    """
+    reader = len(vmcs.rare(mpx=config.mpx and "no-bndcfgs-read" not in config.kvm.features))
+    runs = logged["rare_vmread"] // reader
+    return runs * 0 if config.sync == "eager" or config.evmcs else runs
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        got = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LabError("cannot read the settings of a run", where=file, got=str(error)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LabError("malformed TOML", where=file, got=str(error)) from None
+    for key, kind in (("kvm", str), ("sync", str)) + tuple(
+        (k, bool) for k in ("shadow_vmcs", "evmcs", "mpx")
+    ):
+        if not isinstance(got.get(key), kind):
+            raise LabError(f"needs {key}", where=file, got=got.get(key), allowed=kind.__name__)
+    return got
+
+
+def _parquet(file: Path, columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+    import pyarrow as pa
+
+    try:
+        frame = pd.read_parquet(file)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise LabError(
+            "cannot read a log", where=file, got=f"{error}"[:120], mend="is the file whole?"
+        ) from None
+    missing = [c for c in columns if c not in frame.columns]
+    if missing:
+        raise LabError("columns are missing", where=file, got=", ".join(missing))
+    for column in frame.select_dtypes("category"):
+        frame[column] = frame[column].astype(str)
+    if "field" in columns:
+        names = {-1: ""} | {f.encoding: f.name for f in vmcs.catalogue().values()}
+        strangers = sorted(set(frame["field"]) - set(names))
+        if strangers:
+            raise LabError("unknown field encoding", where=file, got=hex(strangers[0]))
+        frame["name"] = frame["field"].map(names)
+    return frame
+
+
+def _round_trips(
+    exits: pd.DataFrame, operations: pd.DataFrame, evmcs: bool
+) -> Iterator[tuple[Operation, ...]]:
+    """Yield the operations of each reflected exit, annotated."""
+    groups = {
+        number: list(zip(group["op"], group["name"], strict=True))
+        for number, group in operations.groupby("exit")
+    }
+    reasons = list(exits["l2_exit_reason"])
+    phases = list(exits["phase"])
+    legacy = _starts_legacy(exits, operations)
+    for i, number in enumerate(exits["exit"]):
+        ops = groups.get(number, [])
+        upcoming = next((r for r in reasons[i + 1 :] if r != "HLT"), "")
+        body = [*_l1_operations(ops), *_inferred_writes(reasons[i], upcoming, phases[i], evmcs)]
+        body = _annotated(body, evmcs)
+        modes = list(_mode_changes(reasons[i], ops, legacy, phases, i, evmcs))
+        for mode in modes:
+            if mode.arg in ("long", "legacy"):
+                legacy = mode.arg == "legacy"
+        entries = [op for op in body if op.kind in (Kind.VMRESUME, Kind.VMLAUNCH)]
+        body = [op for op in body if op.kind not in (Kind.VMRESUME, Kind.VMLAUNCH)]
+        # Before the entry: it is the first to see the new mode.
+        yield (Operation(Kind.EXIT, _reason(reasons[i], ops)), *body, *modes, *entries[-1:])
+
+
+def _l1_operations(ops: Sequence[tuple[str, str]]) -> Iterator[Operation]:
+    """Yield what L1 did. The log has no pointers: a VMCLEAR is of the current VMCS if L1 loads one
+    afterwards without giving it its constant host state, which L1 does once for a new VMCS.
+    """
+    new = ("VMWRITE", "HOST_CS_SELECTOR") in ops
+    for i, (op, name) in enumerate(ops):
+        match op:
+            case "VMREAD" | "VMWRITE":
+                yield Operation(Kind(op), name)
+            case "VMRESUME" | "VMLAUNCH" | "VMXON" | "VMXOFF":
+                yield Operation(Kind(op))
+            case "VMPTRLD":
+                yield Operation(Kind.VMPTRLD, "other")
+            case "VMCLEAR":
+                loads = any(later == "VMPTRLD" for later, _ in ops[i + 1 :])
+                yield Operation(Kind.VMCLEAR, "current" if loads and not new else "other")
+            case _:
+                yield Operation(Kind.L1_EXIT, op)
+
+
+def _reason(reason: str, ops: Sequence[tuple[str, str]]) -> str:
+    """Exit reason that L1 sees.
+
+    The log has the hardware's. An external interrupt that belongs to L1 is acknowledged on exit, so L1
+    reads VM_EXIT_INTR_INFO; when L1 does not, L0's interrupt was the timer behind L1's VMX-preemption
+    timer.
+    """
+    if reason != "EXTERNAL_INTERRUPT" or ("VMREAD", "VM_EXIT_INTR_INFO") in ops:
+        return reason
+    # An L1 with an enlightened VMCS reads memory instead; nothing to tell the two apart.
+    return "PREEMPTION_TIMER" if any(op == "VMREAD" for op, _ in ops) else reason
+
+
+def _inferred_writes(reason: str, upcoming: str, phase: str, evmcs: bool) -> Iterator[Operation]:
+    """What an L1 with an enlightened VMCS wrote: stores to memory, which no log shows.
+
+    An INTERRUPT_WINDOW exit means that the window was opened at an entry before (not at one after a
+    HLT: a halted L2 waits with the window open), and it is closed at the next one; KVM_SET_SREGS
+    writes the segments and descriptor tables.
+    """
+    if not evmcs:
+        return
+    if reason == "INTERRUPT_WINDOW" or (upcoming == "INTERRUPT_WINDOW" and reason != "HLT"):
+        yield Operation(Kind.VMWRITE, "CPU_BASED_VM_EXEC_CONTROL")
+    if phase.endswith("set_sregs"):
+        yield Operation(Kind.VMWRITE, "GUEST_CS_SELECTOR")
+        yield Operation(Kind.VMWRITE, "GUEST_SYSENTER_CS")
+
+
+def _annotated(ops: Sequence[Operation], evmcs: bool) -> list[Operation]:
+    """Mark the L1 exits after which L0 delivers an interrupt to L1, and L1's ends of interrupt.
+
+    * An external interrupt directly followed by a WRMSR was L1's timer: L1 runs its handler, which
+      re-arms the timer. Not if the next interrupt follows at once: then L1 is idle and only moved it.
+    * L1's console is a 16550 UART in L0's user space: of the eight port accesses that send one
+      character, the first and the fifth raise its transmitter-empty interrupt.
+    * With Hyper-V's enlightenments an end of interrupt is a WRMSR, the first after the interrupt.
+    """
+    out = list(ops)
+    ports = [i for i, op in enumerate(ops) if op == (Kind.L1_EXIT, "IO_INSTRUCTION")]
+    if len(ports) == _UART_BURST:
+        for i in (ports[0], ports[_UART_BURST // 2]):
+            out[i] = Operation(Kind.L1_EXIT, "IO_INSTRUCTION+irq")
+    interrupt = (Kind.L1_EXIT, "EXTERNAL_INTERRUPT")
+    for i in range(len(ops) - 1):
+        if ops[i + 1] != (Kind.L1_EXIT, "WRMSR"):
+            continue
+        if ops[i] == interrupt and ops[i + 2 : i + 3] != [interrupt]:
+            out[i] = Operation(Kind.L1_EXIT, "EXTERNAL_INTERRUPT+irq")
+        if evmcs and ops[i].arg in ("EXTERNAL_INTERRUPT", "IO_INSTRUCTION"):
+            out[i + 1] = Operation(Kind.L1_EXIT, "WRMSR+eoi")
+    return out
+
+
+def _mode_changes(
+    reason: str,
+    ops: Sequence[tuple[str, str]],
+    legacy: bool,
+    phases: Sequence[str],
+    i: int,
+    evmcs: bool,
+) -> Iterator[Operation]:
+    """Changes of L2's mode that L1 carried out, from the control fields that it wrote.
+
+    VM_ENTRY_CONTROLS holds "IA-32e mode guest" and "load EFER". On a WRMSR outside legacy mode L1
+    writes it because EFER became the host's; on any other exit because L2 entered or left IA-32e mode.
+    SECONDARY_VM_EXEC_CONTROL on a WRMSR: L2 switched its APIC to x2APIC mode. An enlightened VMCS logs
+    no writes: there the name of the next phase tells.
+    """
+    if any(op == "VMPTRLD" for op, _ in ops):
+        return  # another VMCS is set up: these writes are its initial state
+    wrote = {name for op, name in ops if op == "VMWRITE"}
+    if "VM_ENTRY_CONTROLS" in wrote:
+        if reason == "WRMSR" and not legacy:
+            yield Operation(Kind.L2_MODE, "efer-host")
+        elif reason != "WRMSR":
+            yield Operation(Kind.L2_MODE, "long" if legacy else "legacy")
+    if "SECONDARY_VM_EXEC_CONTROL" in wrote and reason == "WRMSR":
+        yield Operation(Kind.L2_MODE, "x2apic")
+    if evmcs and i + 1 < len(phases):
+        named = next((p for p in phases[i + 1 :] if p), phases[i + 1])
+        if (phases[i] == "" or phases[i].endswith("_end")) and named.startswith(
+            _LEGACY_PHASES
+        ) != legacy:
+            yield Operation(Kind.L2_MODE, "long" if legacy else "legacy")
+
+
+def _starts_legacy(exits: pd.DataFrame, operations: pd.DataFrame) -> bool:
+    """Return whether L2 starts outside IA-32e mode: its first change of mode is then turning paging on."""
+    first = str(exits["phase"].iloc[0]) if len(exits) else ""
+    if first:
+        return first.startswith(_LEGACY_PHASES)
+    writes = operations[
+        (operations["op"] == "VMWRITE") & (operations["name"] == "VM_ENTRY_CONTROLS")
+    ]
+    reasons = exits.set_index("exit")["l2_exit_reason"]
+    changes = [reasons.get(number) for number in writes["exit"]]
+    return "CR_ACCESS" in changes
+
+
+def _from_segments(file: Path, exits: pd.DataFrame) -> tuple[Any, Any, Any, float]:
+    """Return per exit: L0's compared instructions, L1's instructions, pulls; and the share left out."""
+    import numpy as np
+
+    nothing = np.full(len(exits), np.nan)
+    if not file.exists():
+        return nothing, nothing, None, float("nan")
+    segments = _parquet(file, SEGMENTS_COLUMNS)
+    index = exits["exit"]
+    of_l0 = segments[segments["level"] == "L0"]
+    path = of_l0[~of_l0["handler"].isin(NOT_A_PATH)]
+
+    def per_exit(rows: pd.DataFrame, column: str) -> Any:
+        sums = rows.groupby("exit")[column].sum()
+        return sums.reindex(index, fill_value=0).to_numpy(dtype=float)
+
+    pulled = of_l0[(of_l0["handler"] != "exit") & (of_l0["rare_vmread"] > 0)].assign(one=1)
+    total = float(of_l0["instructions"].sum())
+    share = 1 - float(path["instructions"].sum()) / total if total else float("nan")
+    l1 = per_exit(segments[segments["level"] == "L1"], "instructions")
+    return per_exit(path, "instructions"), l1, per_exit(pulled, "one"), share
