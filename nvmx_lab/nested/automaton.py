@@ -17,7 +17,6 @@ from nvmx_lab.errors import LabError
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.model import Control, Nvmx, Trace
 from nvmx_lab.nested.ops import Operation
-from nvmx_lab.nested.paths import Access
 from nvmx_lab.nested.primitives import COUNTERS
 
 UNREACHED = -1
@@ -42,20 +41,18 @@ def steps(trace: Trace) -> list[tuple[str, str]]:
     """Return (primitive, function) of every access of a trace, in order.
 
     An access is "next" if the one before it was the same instruction in the same function: straight
-    line code. Any other is "first".
+    line code. Any other is "first". A function and its ``_rare`` part, which it calls in the midst of
+    its accesses, are one line.
     """
     out = []
-    before: Access | None = None
+    before = ("", "")
     for access in trace.accesses:
+        line = (access.op, access.function.removesuffix("_rare"))
         if access.op in _FIRST_NEXT:
-            follows = before is not None and (before.op, before.function) == (
-                access.op,
-                access.function,
-            )
-            out.append((_FIRST_NEXT[access.op][follows], access.function))
+            out.append((_FIRST_NEXT[access.op][line == before], access.function))
         else:
             out.append((_ONE_PRIMITIVE[access.op], access.function))
-        before = access
+        before = line
     return out
 
 

@@ -273,11 +273,11 @@ class Nvmx:
 
     # -- the patch: rare fields ----------------------------------------------------------------
 
-    def sync_vmcs02_to_vmcs12_rare(self, function: str = "sync_vmcs02_to_vmcs12_rare") -> None:
+    def sync_vmcs02_to_vmcs12_rare(self) -> None:
         """Read every rare field of vmcs02 into vmcs12; vmcs02 must be loaded."""
         self._require_loaded("vmcs02", "sync_vmcs02_to_vmcs12_rare")
         for name in self._rare:
-            self.vmcs12[name] = self._vmread(name, function)
+            self.vmcs12[name] = self._vmread(name, "sync_vmcs02_to_vmcs12_rare")
         self.trace.rare_vmreads += len(self._rare)
         self._set(need_sync_vmcs02_to_vmcs12_rare=False)
 
@@ -308,19 +308,11 @@ class Nvmx:
         lazy = self.config.sync != "eager" and not self.config.evmcs
         if lazy and self.config.sync == "oracle" and will_pull:
             lazy = False
-        if self.has("patch13") or self.config.sync != "eager":
-            if not lazy:
-                self._read_rare_now()
-            self._run("sync_vmcs02_to_vmcs12")
-        else:
-            # One function before the patch: the rare fields continue its straight line.
-            self._run("sync_vmcs02_to_vmcs12")
-            self._read_rare_now("sync_vmcs02_to_vmcs12")
+        if not lazy:  # before the patch the rare reads stand among the eager ones: same line, same cost
+            self.sync_vmcs02_to_vmcs12_rare()
+            self._stretch("rare_reader")
+        self._run("sync_vmcs02_to_vmcs12")
         self._set(need_sync_vmcs02_to_vmcs12_rare=lazy)
-
-    def _read_rare_now(self, function: str = "sync_vmcs02_to_vmcs12_rare") -> None:
-        self.sync_vmcs02_to_vmcs12_rare(function)
-        self._stretch("rare_reader")
 
     def _require_loaded(self, name: str, function: str) -> None:
         if self.control.loaded != name:

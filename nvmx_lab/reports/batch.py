@@ -395,7 +395,7 @@ def _settle(
                 "name": task.name,
                 "notebook": task.notebook,
                 "parameters": dict(task.parameters),
-                "seconds": round(end.seconds, 3),
+                "seconds": end.seconds,
                 "files": hashes,
                 "results": end.results,
             },

@@ -67,11 +67,12 @@ def render(notebook: Mapping[str, Any], page: Page) -> str:
         If a figure has no alternative text, or a shown table has no caption.
     """
     writer = _Writer(page)
-    blocks = [
-        block
-        for number, cell in enumerate(notebook["cells"], start=1)
-        for block in writer.cell(cell, f"{page.name}: cell {number}")
-    ]
+    blocks: list[dict[str, Any]] = []
+    number = 0
+    for cell in notebook["cells"]:
+        # Cells are counted as in the notebook that the user has.
+        number += not _injected(cell)
+        blocks += writer.cell(cell, f"cell {number}")
     title = writer.title or page.name.replace("_", " ")
     # What differs between reports comes first.
     order = sorted(page.parameters, key=lambda name: name not in ("mix", "mixes"))
@@ -123,9 +124,8 @@ class _Writer:
             return [{"kind": "html", "html": self.markdown(source, title=self.texts == 1)}]
         if cell["cell_type"] != "code" or not source.strip():
             return []
-        self.codes += 1
-        tags = cell.get("metadata", {}).get("tags", ())
-        label = "Parameters of this run" if "injected-parameters" in tags else f"Code {self.codes}"
+        self.codes += not _injected(cell)
+        label = "Parameters of this run" if _injected(cell) else f"Code {self.codes}"
         code = {"kind": "code", "label": label, "html": _highlight(source)}
         outputs = [self.output(output, where) for output in cell.get("outputs", ())]
         # What a reader came for is above the code that made it.
@@ -216,6 +216,10 @@ class _Writer:
             name = f"{wanted}-{count}"
         self.ids.add(name)
         return name
+
+
+def _injected(cell: Mapping[str, Any]) -> bool:
+    return "injected-parameters" in cell.get("metadata", {}).get("tags", ())
 
 
 def _require_captions(root: Element, given: str | None, where: str) -> None:

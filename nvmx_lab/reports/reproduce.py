@@ -162,7 +162,7 @@ def _gather(
                     "id": report.task.id,
                     "notebook": report.task.notebook,
                     "parameters": dict(report.task.parameters),
-                    "seconds": round(report.seconds, 3),
+                    "seconds": report.seconds,
                     "files": report.files,
                 }
                 for report in outcome.reports

@@ -115,7 +115,7 @@ def run(job: Job) -> Done | Failed:
         )
         results = result.published(notebook)
         page = html.render(notebook, job.page)
-        seconds = time.perf_counter() - started
+        seconds = round(time.perf_counter() - started, 3)
         _tidy(notebook, job)
         (folder / f"{job.name}.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
         (folder / f"{job.name}.html").write_text(page, encoding="utf-8")

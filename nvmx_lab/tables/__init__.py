@@ -61,7 +61,7 @@ def _check(files: Mapping[str, Path]) -> Iterator[Fault]:
     documents: dict[str, tuple[Section, Document]] = {}
     parquet: dict[str, Path] = {}
     for file in (*schema.CSV, *schema.TOML):
-        if file not in files and file not in schema.OPTIONAL:
+        if file not in files:
             yield Fault(file, None, "", "file missing")
     for file, path in files.items():
         layouts = _of(file, schema.CSV_PATTERNS)

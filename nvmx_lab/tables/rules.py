@@ -18,6 +18,10 @@ Names = Mapping[str, frozenset[str]]
 
 _DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
+# Where bytes were no UTF-8, `surrogateescape` left a lone surrogate.
+_NOT_UTF8 = re.compile(r"[\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
 
 class Problem(NamedTuple):
     """What is wrong with a value, and what would have been accepted."""
@@ -42,11 +46,11 @@ class Rule:
 
     def problem_in_cell(self, cell: str, names: Names) -> Problem | None:
         """Return what is wrong with a CSV cell, None if nothing."""
-        if any(0xD800 <= ord(character) <= 0xDFFF for character in cell):
-            return Problem("not UTF-8")
         if not cell:
             return None if self.blank else Problem("empty", "a value")
-        if cell != cell.strip() or any(ord(c) < 32 and c not in "\t\n" for c in cell):
+        if _NOT_UTF8.search(cell):
+            return Problem("not UTF-8")
+        if cell != cell.strip() or _CONTROL.search(cell):
             return Problem("space around the value, or a control character in it")
         return self.problem(self.read(cell), names)
 

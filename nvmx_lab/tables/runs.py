@@ -261,6 +261,7 @@ def _check_sums(
 ) -> Iterator[Fault]:
     """Per exit, stretches and single instructions of L0 must add up to the exit's totals."""
     import numpy as np
+    import pyarrow.compute as pc
 
     if "exits" not in tables:
         return
@@ -276,14 +277,14 @@ def _check_sums(
             continue
         sums: dict[str, Any] = {}
         if kind == "segments":
-            at_l0 = np.asarray(table["level"].to_pylist()) == "L0"
+            at_l0 = pc.equal(table["level"], "L0").to_numpy()
             sums["instructions"] = np.bincount(index, table["instructions"].to_numpy(), n)
             for name in (*_COUNTS, "rare_vmread"):
                 sums[f"l0_{name}"] = np.bincount(index, table[name].to_numpy() * at_l0, n)
         elif kind == "l0_ops":
-            ops = table["op"].to_numpy(zero_copy_only=False).astype(str)
             for name in _COUNTS:
-                sums[f"l0_{name}"] = np.bincount(index, ops == name.upper(), n)
+                executed = pc.equal(table["op"], name.upper()).to_numpy()
+                sums[f"l0_{name}"] = np.bincount(index[executed], minlength=n)
         for column, total in sums.items():
             wrong = np.flatnonzero(total != exits[column].to_numpy())
             if len(wrong):

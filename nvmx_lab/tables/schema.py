@@ -284,6 +284,8 @@ CSV: Final[dict[str, Table]] = {
             "stretch": Text(),
             "condition": whole.Conditions(blank=True),
             "instructions": Number(low=0, high=1e6),
+            "stretches": COUNT,
+            "run": Known(kind="run", blank=True),
             "source": SOURCE,
         },
         key=("stretch", "condition"),
@@ -311,9 +313,6 @@ CSV_PATTERNS: Final[dict[str, tuple[Table, ...]]] = {
     "l1_handlers/*.csv": (_L1_HANDLERS, _L1_HANDLER_LOGS)
 }
 """Tables by pattern of their name; of several the one whose columns are nearest to the header's."""
-
-OPTIONAL: Final = frozenset({"l0_lengths.csv"})
-"""Tables that may be absent."""
 
 _MEANING: Final[dict[str, Rule]] = {"meaning": Text(), "source": SOURCE}
 

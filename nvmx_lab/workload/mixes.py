@@ -37,11 +37,15 @@ class Override(_Strict):
 
 
 class Host(_Strict):
-    """What the workload needs of L0's configuration."""
+    """What the workload needs of L0's configuration.
+
+    L0's CPU has MPX (36 rare fields), as the generation that the patch was written on does, unless
+    the mix comes from a run on a CPU without.
+    """
 
     shadow_vmcs: bool = True
     evmcs: bool = False
-    mpx: bool = False
+    mpx: bool = True
     l2_mode: Literal["long", "legacy"] = "long"
 
 

@@ -1,0 +1,206 @@
+"""Simulate once: a mix or an executed run under several L0s, as counts by operation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from nvmx_lab.engine import run
+from nvmx_lab.errors import LabError
+from nvmx_lab.nested.automaton import Automaton, count
+from nvmx_lab.nested.config import Config
+from nvmx_lab.nested.model import Nvmx, Trace
+from nvmx_lab.nested.ops import Kind, Operation
+from nvmx_lab.nested.primitives import COUNTERS, PRIMITIVES
+from nvmx_lab.workload import mixes
+from nvmx_lab.workload.mixes import Mix
+from nvmx_lab.workload.streams import Stream
+
+Float64 = npt.NDArray[np.float64]
+_SHOW_PROGRESS_FROM = 200_000_000  # words; fewer take less than two seconds
+_L1_INSTRUCTIONS = COUNTERS.index("l1_instructions")
+_PULLS = COUNTERS.index("pulls")
+P = len(PRIMITIVES)
+
+
+@dataclass(frozen=True, eq=False)
+class Simulated:
+    """One L0 over a stream.
+
+    Attributes
+    ----------
+    config : Config
+        The L0.
+    exits : int
+        Reflected nested exits.
+    by_operation : dict of Operation to float64[C]
+        Counts of the whole run, in `COUNTERS` order, by the operation that caused them.
+    exits_that_pull : int
+        Exits after which L0 pulled at least once before the next.
+    """
+
+    config: Config
+    exits: int
+    by_operation: dict[Operation, Float64] = field(repr=False)
+    exits_that_pull: int
+    l1_instructions: float
+
+    @property
+    def exit_leg(self) -> Float64:
+        """Counts of L2 exit to L1 entry, whole run, float64[C]."""
+        return self._sum(lambda op: op.kind is Kind.EXIT)
+
+    @property
+    def round_trip(self) -> Float64:
+        """Counts of L2 exit to L2 re-entry, whole run, float64[C]."""
+        total = self._sum(lambda _op: True)
+        total[_L1_INSTRUCTIONS] = self.l1_instructions
+        return total
+
+    def _sum(self, wanted: object) -> Float64:
+        assert callable(wanted)
+        chosen = [counts for op, counts in self.by_operation.items() if wanted(op)]
+        return np.sum(chosen, axis=0) if chosen else np.zeros(len(COUNTERS))
+
+    def counter(self, name: str) -> float:
+        """Return one counter of the round trip, whole run."""
+        return float(self.round_trip[COUNTERS.index(name)])
+
+
+def config_of(mix: Mix, kvm: str, sync: str | None = None) -> Config:
+    """Return the L0 that a mix runs on.
+
+    Raises
+    ------
+    LabError
+        If the release or the policy is unknown.
+    """
+    host = mix.host
+    return Config.of(
+        kvm,
+        sync,
+        shadow_vmcs=host.shadow_vmcs,
+        evmcs=host.evmcs,
+        mpx=host.mpx,
+        legacy=host.l2_mode == "legacy",
+    )
+
+
+def foresee(stream: Stream, config: Config) -> Stream:
+    """Mark the exits after which a lazy L0 would pull, for the oracle.
+
+    A pull needs an operation of L1 between the exit and the entry, so whether one comes is a property
+    of the word; the mark is ``+pull`` behind the exit reason.
+    """
+    lazy = Automaton(config.with_sync("lazy"), stream.alphabet)
+    words = [stream.words[w].tolist() for w in range(len(stream.words))]
+    lazy.visit_words(words)
+    lifted = run.lift(lazy, stream.words.offsets, stream.words.codes)
+    counts = run.counts_of_word(lazy, lifted, stream.words.offsets, stream.words.codes)
+    pulls = counts[:, :, _PULLS].max(axis=0) > 0
+    marked = {
+        op: Operation(Kind.EXIT, f"{op.arg}+pull") for op in stream.alphabet if op.kind is Kind.EXIT
+    }
+    alphabet = (*stream.alphabet, *marked.values())
+    codes = stream.words.codes.copy()
+    for w in np.flatnonzero(pulls):
+        first = stream.words.offsets[w]
+        codes[first] = alphabet.index(marked[stream.alphabet[codes[first]]])
+    from dataclasses import replace
+
+    return replace(stream, alphabet=alphabet, words=replace(stream.words, codes=codes))
+
+
+def simulate(
+    stream: Stream, configs: Sequence[Config], *, allow_unknown: bool = False
+) -> list[Simulated]:
+    """Run several L0s over one stream: paired, each sees the same exits.
+
+    Parameters
+    ----------
+    stream : Stream
+        A drawn, executed or recorded stream.
+    configs : sequence of Config
+        The L0s.
+    allow_unknown : bool
+        Take L1's instructions as 0 where the stream does not know them, instead of refusing.
+
+    Raises
+    ------
+    LabError
+        If there is no L0, or L1's instructions are not known.
+    """
+    if not configs:
+        raise LabError("nothing to simulate", where="configs", got="none")
+    if any(config.sync == "oracle" for config in configs):
+        stream = foresee(stream, configs[0])
+    offsets, codes = stream.words.offsets, stream.words.codes
+    words = [stream.words[w].tolist() for w in range(len(stream.words))]
+    automata = [Automaton(config, stream.alphabet) for config in configs]
+    for automaton in automata:
+        automaton.visit_words(words)
+    lifted = [run.lift(automaton, offsets, codes) for automaton in automata]
+    with _progress(stream) as advance:
+        seen = run.visits(stream, lifted, advance)
+    l1 = stream.words.l1_instructions
+    of_word = seen[0].sum(axis=0)
+    if np.isnan(l1[of_word > 0]).any() and not allow_unknown:
+        raise LabError(
+            "no round trip: the instructions that L1 retires are not known",
+            where=stream.source,
+            mend="ask for the exit leg alone, or for the total without them",
+        )
+    l1_instructions = float(np.nansum(of_word * np.where(of_word > 0, l1, 0)))
+    out = []
+    for config, automaton, item, visits in zip(configs, automata, lifted, seen, strict=True):
+        pairs = run.pair_visits(automaton, item, visits, offsets, codes)
+        by_operation = {}
+        vectors, ids = automaton.counts, automaton.count_id
+        for code in np.flatnonzero(pairs.sum(axis=0)):
+            states = np.flatnonzero(pairs[:, code])
+            by_operation[stream.alphabet[code]] = pairs[states, code] @ vectors[ids[states, code]]
+        of_words = run.counts_of_word(automaton, item, offsets, codes)
+        pulling = int(visits[of_words[:, :, _PULLS] > 0].sum())
+        out.append(Simulated(config, stream.exits, by_operation, pulling, l1_instructions))
+    return out
+
+
+def simulate_mix(
+    mix: str | Mix, kvm: Sequence[str], sync: Sequence[str | None], *, exits: int, seed: int
+) -> tuple[Mix, list[Simulated]]:
+    """Draw a mix's stream and run it under L0s given by release and policy."""
+    chosen = mix if isinstance(mix, Mix) else mixes.load(mix)
+    configs = [config_of(chosen, k, s) for k, s in zip(kvm, sync, strict=True)]
+    return chosen, simulate(chosen.stream(exits, seed), configs)
+
+
+def reader_and_pull_counts(config: Config) -> tuple[Float64, Float64]:
+    """Return the counts of one eager rare read within the exit leg, and of one pull; float64[C] each."""
+
+    def exit_and_pull(sync: str, *, pull: bool) -> tuple[Float64, Float64]:
+        model = Nvmx(config.with_sync(sync))
+        model.start()
+        model.nested_exit("CPUID")
+        leg, model.trace = count(model.trace), Trace()
+        if pull:
+            model.copy_vmcs02_to_vmcs12_rare()
+        return leg, count(model.trace)
+
+    eager, _ = exit_and_pull("eager", pull=False)
+    lazy, pulled = exit_and_pull("lazy", pull=True)
+    return eager - lazy, pulled
+
+
+@contextlib.contextmanager
+def _progress(stream: Stream) -> Iterator[object]:
+    """Show a progress bar for long runs, on a terminal or in a notebook only."""
+    if stream.exits < _SHOW_PROGRESS_FROM:
+        yield None
+        return
+    with tqdm(total=stream.exits, unit="exit", unit_scale=True, disable=None) as bar:
+        yield bar.update
