@@ -256,7 +256,7 @@ def compare(
     LabError
         If a name is unknown, a size absurd, or a price missing.
     """
-    pairs = _pairs(kvm, sync)
+    pairs = pairs_of(kvm, sync)
     price_list = prices.load(cpu)
     loaded, simulated = simulate_mix(
         mix if isinstance(mix, Mix) else _load(mix),
@@ -338,258 +338,6 @@ def break_even(
         return None
     low, middle, high = np.quantile(np.minimum(both[0] / both[1], 1.0), (0.05, 0.5, 0.95))
     return float(low), float(middle), float(high)
-
-
-def verdict(self) -> str:
-        """One word: "saves", "costs", "no difference" or "unclear", by the round trip's interval."""
-        return verdict(self.saving["round_trip_cycles"])
-
-    @property
-    def explanation(self) -> str:
-        """Why, in a sentence or two made from the counts."""
-        return explain(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON values, in the layout that scripts rely on."""
-        return {
-            "mix": self.mix,
-            "cpu": self.cpu,
-            "cpu_basis": self.cpu_basis,
-            "basis": self.basis,
-            "exits": self.exits,
-            "seed": self.seed,
-            "results": [
-                {
-                    "kvm": side.kvm,
-                    "sync": side.sync,
-                    "pulls": side.pulls,
-                    "pulls_share": side.pulls_share,
-                    "rare_vmreads_per_exit": side.rare_vmreads_per_exit,
-                    "counts": dict(side.counts),
-                    "exit_leg_cycles": dict(side.exit_leg_cycles),
-                    "round_trip_cycles": dict(side.round_trip_cycles),
-                }
-                for side in self.results
-            ],
-            "saving": {
-                key: dict(value) if isinstance(value, Mapping) else value
-                for key, value in self.saving.items()
-            },
-            "break_even_pull_rate": self.break_even_pull_rate and dict(self.break_even_pull_rate),
-            "verdict": self.verdict,
-            "explanation": self.explanation,
-            "left_out": list(self.left_out),
-        }
-
-    def to_json(self) -> str:
-        """Return `to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per L0 and one for the saving; cycles are means per nested exit."""
-        import pandas as pd
-
-        rows: list[dict[str, Any]] = [
-            {
-                "kvm": side.kvm,
-                "sync": side.sync,
-                "rare_vmreads_per_exit": side.rare_vmreads_per_exit,
-                "pulls_share": side.pulls_share,
-                **_flat(side.exit_leg_cycles, "exit_leg_cycles"),
-                **_flat(side.round_trip_cycles, "round_trip_cycles"),
-            }
-            for side in self.results
-        ]
-        rows.append(
-            {
-                "kvm": "saving",
-                "sync": "",
-                "rare_vmreads_per_exit": self.saving["rare_vmreads_per_exit"],
-                "pulls_share": self.results[0].pulls_share - self.results[1].pulls_share,
-                **_flat(self.saving["exit_leg_cycles"], "exit_leg_cycles"),
-                **_flat(self.saving["round_trip_cycles"], "round_trip_cycles"),
-            }
-        )
-        return pd.DataFrame(rows)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the row of the report's summary: mix, basis, saving, verdict."""
-        return {
-            "mix": self.mix,
-            "title": self.title,
-            "basis": self.basis,
-            "source": self.source,
-            "pulls_share": self.results[-1].pulls_share,
-            "rare_vmreads_saved_per_exit": self.saving["rare_vmreads_per_exit"],
-            **_flat(self.saving["exit_leg_cycles"], "exit_leg_saving_cycles"),
-            **_flat(self.saving["round_trip_cycles"], "round_trip_saving_cycles"),
-            "break_even_pull_rate_p50": self.break_even_pull_rate and self.break_even_pull_rate["p50"],
-            "verdict": self.verdict,
-            "why": self.explanation,
-        }
-
-    def __str__(self) -> str:
-        a, b = self.results
-        lines = [
-            f"{self.mix}: {self.title} ({self.basis}); {self.exits:,} nested exits, seed {self.seed}",
-            f"prices: {self.cpu} ({self.cpu_basis})",
-            "",
-            f"{'':26}{'rare VMREADs':>13}{'pulls':>8}{'exit leg, cycles':>26}{'round trip, cycles':>28}",
-        ]
-        for side in self.results:
-            lines.append(
-                f"{f'KVM {side.kvm}, {side.sync}':26}{side.rare_vmreads_per_exit:>13.2f}"
-                f"{side.pulls_share:>8.1%}{_span(side.exit_leg_cycles):>26}"
-                f"{_span(side.round_trip_cycles):>28}"
-            )
-        lines += [
-            f"{'saving':26}{self.saving['rare_vmreads_per_exit']:>13.2f}{'':8}"
-            f"{_span(self.saving['exit_leg_cycles']):>26}"
-            f"{_span(self.saving['round_trip_cycles']):>28}",
-            "",
-            f"{self.verdict}: {self.explanation}",
-            "Means per nested exit: median [90 % interval over price draws]; simulated counts.",
-        ]
-        if self.left_out:
-            lines.append(f"Without {', '.join(self.left_out)}: no price.")
-        del a, b
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        body = self.to_frame().to_html(index=False, border=0, float_format=lambda x: f"{x:,.2f}")
-        return f"<p><b>{self.mix}</b>: {self.title}. <b>{self.verdict}</b>: {self.explanation}</p>{body}"
-
-
-def compare(
-    mix: str | Path | Mix,
-    *,
-    kvm: Sequence[str] = ("5.2", "5.2+patch13"),
-    sync: str | Sequence[str | None] | None = None,
-    cpu: str | Path = prices.DEFAULT,
-    exits: int = 100_000,
-    seed: int = 1,
-    draws: int = DRAWS,
-    allow_unknown: bool = False,
-) -> Comparison:
-    """Compare two KVM releases or sync policies on a mix.
-
-    Parameters
-    ----------
-    mix : str, Path or Mix
-        Name of a mix (`nvmx_lab.workload.mixes.names`) or the path of a TOML file.
-    kvm : sequence of str
-        Two releases, or one for two policies.
-    sync : str or sequence of str, optional
-        A policy for both sides, or one for each; None: the release's own.
-    cpu : str or Path
-        Price list.
-    exits : int
-        Nested exits to draw, 1 to 10**10.
-    seed : int
-        Seed of the stream and of the price draws.
-    draws : int
-        Price lists to draw.
-    allow_unknown : bool
-        Give totals without the primitives that have no price, instead of refusing.
-
-    Returns
-    -------
-    Comparison
-
-    Raises
-    ------
-    LabError
-        If a name is unknown, a size absurd, or a price missing.
-    """
-    pairs = _pairs(kvm, sync)
-    price_list = prices.load(cpu)
-    loaded, simulated = simulate_mix(
-        mix if isinstance(mix, Mix) else _load(mix),
-        [k for k, _ in pairs],
-        [s for _, s in pairs],
-        exits=exits,
-        seed=seed,
-    )
-    return priced(loaded, simulated, price_list, seed=seed, draws=draws, allow_unknown=allow_unknown)
-
-
-def priced(
-    mix: Mix,
-    simulated: Sequence[Simulated],
-    price_list: prices.PriceList,
-    *,
-    seed: int,
-    draws: int = DRAWS,
-    allow_unknown: bool = False,
-) -> Comparison:
-    """Price two simulated L0s: the second half of `compare`, for many price lists over one run."""
-    drawn = price_list.draw(draws, seed)
-    exits = simulated[0].exits
-    legs = np.array([[s.exit_leg[:P], s.round_trip[:P]] for s in simulated]) / exits
-    cycles = price(legs, drawn, allow_unknown=allow_unknown)
-    low, middle, high = interval(cycles)
-    difference = interval(price(legs[0] - legs[1], drawn, allow_unknown=allow_unknown))
-
-    def quantiles(values: Sequence[Any]) -> dict[str, float]:
-        return dict(zip(QUANTILES, (float(v) for v in values), strict=True))
-
-    sides = tuple(
-        Side(
-            kvm=s.config.kvm.name,
-            sync=s.config.sync,
-            pulls=round(s.counter("pulls")),
-            pulls_share=s.exits_that_pull / exits,
-            rare_vmreads_per_exit=s.counter("rare_vmread") / exits,
-            counts=_counts(s),
-            exit_leg_cycles=quantiles((low[k, 0], middle[k, 0], high[k, 0])),
-            round_trip_cycles=quantiles((low[k, 1], middle[k, 1], high[k, 1])),
-        )
-        for k, s in enumerate(simulated)
-    )
-    vmreads = [side.counts["vmread"] / exits for side in sides]
-    even = break_even(simulated[-1], drawn)
-    return Comparison(
-        mix=mix.name,
-        title=mix.title,
-        basis=mix.basis,
-        source=mix.source,
-        cpu=price_list.id,
-        cpu_basis=price_list.basis,
-        exits=exits,
-        seed=seed,
-        results=sides,
-        saving={
-            "exit_leg_cycles": quantiles([q[0] for q in difference]),
-            "round_trip_cycles": quantiles([q[1] for q in difference]),
-            "rare_vmreads_per_exit": sides[0].rare_vmreads_per_exit - sides[1].rare_vmreads_per_exit,
-            "vmreads_per_exit": vmreads[0] - vmreads[1],
-        },
-        break_even_pull_rate=None if even is None else quantiles(even),
-        left_out=cycles.left_out,
-    )
-
-
-def break_even(
-    simulated: Simulated, drawn: prices.Draws
-) -> tuple[float, float, float] | None:
-    """Return the share of exits with a pull at which a lazy sync saves nothing: p05, p50, p95.
-
-    The saving is the rare reader that an eager L0 runs at each exit, the price a whole pull; both in
-    the release of `simulated`. None where nothing is ever pulled (enlightened VMCS).
-    """
-    reader, pull = reader_and_pull_counts(simulated.config)
-    both = price(np.array([reader[:P], pull[:P]]), drawn, allow_unknown=True).values
-    if not both.any():
-        return None
-    low, middle, high = np.quantile(np.minimum(both[0] / both[1], 1.0), (0.05, 0.5, 0.95))
-    return float(low), float(middle), float(high)
-
-
-def _reader_instructions(simulated: Simulated) -> float:
-    from nvmx_lab.nested.paths import lengths
-
-    reads = pull_counts(simulated.config)[COUNTERS.index("rare_vmread")]
-    return lengths()["rare_reader"][0].instructions - float(reads)
 
 
 def verdict(saving: Mapping[str, float]) -> str:
@@ -637,9 +385,16 @@ def _counts(simulated: Simulated) -> dict[str, float]:
     return totals | values
 
 
-def _pairs(
+def pairs_of(
     kvm: Sequence[str], sync: str | Sequence[str | None] | None
 ) -> list[tuple[str, str | None]]:
+    """Return the two sides of a comparison as (release, policy), one of the lists repeated if short.
+
+    Raises
+    ------
+    LabError
+        If they do not make two sides.
+    """
     releases = [kvm] if isinstance(kvm, str) else list(kvm)
     policies: list[str | None] = [sync] if sync is None or isinstance(sync, str) else list(sync)
     size = max(len(releases), len(policies))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,12 @@ class Simulated:
         Counts of the whole run, in `COUNTERS` order, by the operation that caused them.
     exits_that_pull : int
         Exits after which L0 pulled at least once before the next.
+    l1_instructions : float
+        Instructions that L1 retires, whole run.
+    automaton : Automaton
+        The compiled L0.
+    pairs : int64[S, A]
+        How often each (state, operation) of it was met.
     """
 
     config: Config
@@ -49,23 +57,23 @@ class Simulated:
     by_operation: dict[Operation, Float64] = field(repr=False)
     exits_that_pull: int
     l1_instructions: float
+    automaton: Automaton = field(repr=False)
+    pairs: npt.NDArray[np.int64] = field(repr=False)
 
     @property
     def exit_leg(self) -> Float64:
         """Counts of L2 exit to L1 entry, whole run, float64[C]."""
-        return self._sum(lambda op: op.kind is Kind.EXIT)
+        return self._sum(op for op in self.by_operation if op.kind is Kind.EXIT)
 
     @property
     def round_trip(self) -> Float64:
         """Counts of L2 exit to L2 re-entry, whole run, float64[C]."""
-        total = self._sum(lambda _op: True)
+        total = self._sum(self.by_operation)
         total[_L1_INSTRUCTIONS] = self.l1_instructions
         return total
 
-    def _sum(self, wanted: object) -> Float64:
-        assert callable(wanted)
-        chosen = [counts for op, counts in self.by_operation.items() if wanted(op)]
-        return np.sum(chosen, axis=0) if chosen else np.zeros(len(COUNTERS))
+    def _sum(self, operations: Iterable[Operation]) -> Float64:
+        return np.sum([self.by_operation[op] for op in operations], axis=0)
 
     def counter(self, name: str) -> float:
         """Return one counter of the round trip, whole run."""
@@ -111,8 +119,6 @@ def foresee(stream: Stream, config: Config) -> Stream:
     for w in np.flatnonzero(pulls):
         first = stream.words.offsets[w]
         codes[first] = alphabet.index(marked[stream.alphabet[codes[first]]])
-    from dataclasses import replace
-
     return replace(stream, alphabet=alphabet, words=replace(stream.words, codes=codes))
 
 
@@ -166,12 +172,27 @@ def simulate(
             by_operation[stream.alphabet[code]] = pairs[states, code] @ vectors[ids[states, code]]
         of_words = run.counts_of_word(automaton, item, offsets, codes)
         pulling = int(visits[of_words[:, :, _PULLS] > 0].sum())
-        out.append(Simulated(config, stream.exits, by_operation, pulling, l1_instructions))
+        out.append(
+            Simulated(
+                config=config,
+                exits=stream.exits,
+                by_operation=by_operation,
+                exits_that_pull=pulling,
+                l1_instructions=l1_instructions,
+                automaton=automaton,
+                pairs=pairs,
+            )
+        )
     return out
 
 
 def simulate_mix(
-    mix: str | Mix, kvm: Sequence[str], sync: Sequence[str | None], *, exits: int, seed: int
+    mix: str | Path | Mix,
+    kvm: Sequence[str],
+    sync: Sequence[str | None],
+    *,
+    exits: int,
+    seed: int,
 ) -> tuple[Mix, list[Simulated]]:
     """Draw a mix's stream and run it under L0s given by release and policy."""
     chosen = mix if isinstance(mix, Mix) else mixes.load(mix)
@@ -197,7 +218,7 @@ def reader_and_pull_counts(config: Config) -> tuple[Float64, Float64]:
 
 
 @contextlib.contextmanager
-def _progress(stream: Stream) -> Iterator[object]:
+def _progress(stream: Stream) -> Iterator[Callable[[int], object] | None]:
     """Show a progress bar for long runs, on a terminal or in a notebook only."""
     if stream.exits < _SHOW_PROGRESS_FROM:
         yield None

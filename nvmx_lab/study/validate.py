@@ -128,16 +128,16 @@ def model_per_exit(run: ExecutedRun) -> pd.DataFrame:
 def validate_run(run: ExecutedRun) -> RunValidation:
     """Compare the model with the log of one run."""
     model = model_per_exit(run)
-    logged = run.logged.rename(columns={"retired": "instructions"})
     agreement = {}
     for name in COMPARED:
-        ours, theirs = model[name].to_numpy(), logged[name].to_numpy(dtype=float)
+        column = "retired" if name == "instructions" else name
+        ours, theirs = model[name].to_numpy(), run.logged[column].to_numpy(dtype=float)
         if np.isnan(theirs).any():
             agreement[name] = Agreement(None, None, float(ours.sum()), None)
             continue
         total = float(theirs.sum())
         agreement[name] = Agreement(
-            exact_share=float(np.mean(np.isclose(ours, theirs, rtol=0, atol=0.5))),
+            exact_share=float(np.mean(ours == theirs)),
             ratio=float(ours.sum()) / total if total else (1.0 if not ours.any() else None),
             model=float(ours.sum()),
             logged=total,

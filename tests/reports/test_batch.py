@@ -50,6 +50,11 @@ def notebooks(tmp_path_factory):
             PUBLISH,
         ],
         "dying": [TITLE, N, ("code", "import os; os._exit(7)")],
+        "murderous": [
+            TITLE,
+            N,
+            ("code", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"),
+        ],
         "bare": [
             TITLE,
             N,
@@ -112,6 +117,7 @@ def test_page_is_accessible(outcome, page_of):
     [
         ("failing", "failing (n=1): cell 4 of 5 failed: ValueError: no more"),
         ("dying", "dying (n=1): DeadKernelError: Kernel died"),
+        ("murderous", "murderous (n=1): its process was killed, or ran out of memory"),
         ("bare", "bare (n=1): cell 3: a figure without alternative text"),
         ("infinite", "infinite (n=1): cell 3 of 3 failed: LabError: row 0: x: an infinite number"),
     ],
