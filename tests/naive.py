@@ -1,11 +1,13 @@
 """The naive twin: what nested VMX must do, with no mechanism at all.
 
-`Architecture` is the brute-force specification. It knows no vmcs01, vmcs02, shadow VMCS, dirty bit or
-lazy flag: a VMCS is a dict, a VM entry loads L2's state from it, a VM exit stores all of that state
-back. Whatever L0 does to be fast, L1, L2 and the target of a migration must not be able to tell.
+`Architecture` is the brute-force specification. It knows no vmcs01, vmcs02, shadow VMCS, dirty bit
+or lazy flag: a VMCS is a dict, a VM entry loads L2's state from it, a VM exit stores all of that
+state back. Whatever L0 does to be fast, L1, L2 and the target of a migration must not be able to
+tell.
 
-`RareState` and `naive_counts` are the other half: the few facts about the mechanism that are stated as
-rules or as numbers, so that a test can say when the flag must be set and what a step must cost.
+`RareState` and `naive_counts` are the other half: the few facts about the mechanism that are
+stated as rules or as numbers, so that a test can say when the flag must be set and what a step
+must cost.
 
 Nothing here comes from `nvmx_lab.nested`; only the catalogue of fields is shared.
 """
@@ -27,8 +29,8 @@ EXIT_INFORMATION = tuple(
 )
 ACCESS_RIGHTS = tuple(name for name in IN_VMCS12 if name.endswith("_AR_BYTES"))
 
-# What a VM exit saves unconditionally (SDM volume 3, "Saving Guest State"), as far as vmcs12 has it.
-# BNDCFGS is among the rare fields; it is saved where L0 and L1 have MPX, see `Architecture`.
+# What a VM exit saves unconditionally (SDM volume 3, "Saving Guest State"), as far as vmcs12 has
+# it. BNDCFGS is among the rare fields; it is saved where L0 and L1 have MPX, see `Architecture`.
 SAVED_AT_EXIT = (
     *(name for name in RARE if name != "GUEST_BNDCFGS"),
     "GUEST_CS_AR_BYTES",
@@ -85,8 +87,9 @@ class Page:
 class Architecture:
     """L1's VMCSs and L2's state, everything copied at once and nothing deferred.
 
-    Where the architecture leaves freedom this does what KVM's emulation does: the current VMCS is held
-    by the processor and reaches guest memory at VMCLEAR or at VMPTRLD of another; VMXOFF forgets it.
+    Where the architecture leaves freedom this does what KVM's emulation does: the current VMCS is
+    held by the processor and reaches guest memory at VMCLEAR or at VMPTRLD of another; VMXOFF
+    forgets it.
 
     Parameters
     ----------
@@ -233,13 +236,14 @@ class RareState:
     get_pulls : bool
         Whether KVM_GET_NESTED_STATE pulls while L1 runs (fixed in 5.11).
     unpulled : frozenset of str
-        Fields whose VMWRITE does not pull: the RW-shadowed ones, and before patch 07 with a shadow VMCS
-        the RO-shadowed ones too, because it does not even exit.
+        Fields whose VMWRITE does not pull: the RW-shadowed ones, and before patch 07 with a shadow
+        VMCS the RO-shadowed ones too, because it does not even exit.
     """
 
     lazy: bool
     get_pulls: bool
     unpulled: frozenset[str]
+    per_field: bool = False
     stale: bool = False
     outlived: bool = False  # the flag is set, but the vmcs02 it spoke of is gone
 

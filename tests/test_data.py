@@ -76,9 +76,7 @@ def test_a_table_without_rows_keeps_its_columns(tmp_path: Path) -> None:
         (b"a,b\n\xff,2\n", "not UTF-8 at byte 4"),
     ],
 )
-def test_a_malformed_table_is_one_clear_error(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_a_malformed_table_is_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "x.csv"
     file.write_bytes(content)
     with pytest.raises(LabError, match=message):

@@ -1,0 +1,1 @@
+"""The engine: numba loops, and the thin layer that calls them."""

@@ -1,9 +1,9 @@
 """Run streams through automata: the thin layer over `nvmx_lab.engine.kernels`.
 
-The unit of the loop is the word (one round trip), not the operation: an automaton is lifted to words
-first, by following every word from every state that L0 can be in at the end of a word. What an
-automaton does within a word is a sum known beforehand, so the loop only counts how often it met each
-(state, word); operations and instructions follow by a matrix product, exactly.
+The unit of the loop is the word (one round trip), not the operation: an automaton is lifted to
+words first, by following every word from every state that L0 can be in at the end of a word. What
+an automaton does within a word is a sum known beforehand, so the loop only counts how often it met
+each (state, word); operations and instructions follow by a matrix product, exactly.
 """
 
 from __future__ import annotations
@@ -164,9 +164,7 @@ def counts_of_word(
     return out
 
 
-def counts_per_exit(
-    stream: WordStream, lifted: Lifted, word_counts: Float64
-) -> Float64:
+def counts_per_exit(stream: WordStream, lifted: Lifted, word_counts: Float64) -> Float64:
     """Return the counts of every exit, float64[exits, C]; memory grows with the stream."""
     from nvmx_lab.engine import kernels
 

@@ -1,7 +1,8 @@
 """The automaton: the model compiled to tables by visiting control states.
 
-``(state, operation) -> (next state, counts)``. The tables come from running `nvmx_lab.nested.model` on
-every control state that the operations of a stream can reach; nobody writes them by hand.
+``(state, operation) -> (next state, counts)``. The tables come from running
+`nvmx_lab.nested.model` on every control state that the operations of a stream can reach; nobody
+writes them by hand.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def steps(trace: Trace) -> list[tuple[str, str]]:
     """Return (primitive, function) of every access of a trace, in order.
 
     An access is "next" if the one before it was the same instruction in the same function: straight
-    line code. Any other is "first". A function and its ``_rare`` part, which it calls in the midst of
-    its accesses, are one line.
+    line code. Any other is "first". A function and its ``_rare`` part, which it calls in the midst
+    of its accesses, are one line.
     """
     out = []
     before = ("", "")
@@ -107,7 +108,9 @@ class Automaton:
 
     def __post_init__(self) -> None:
         if not self.alphabet:
-            raise LabError("an automaton needs at least one operation", where="alphabet", got="none")
+            raise LabError(
+                "an automaton needs at least one operation", where="alphabet", got="none"
+            )
         self._model = Nvmx(self.config)
         self._model.start()
         self._id(self._model.control)

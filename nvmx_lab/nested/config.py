@@ -17,7 +17,7 @@ RELEASES_TABLE = "l0_releases.toml"
 SYNC_POLICIES: Mapping[str, str] = {
     "eager": "every rare field is read at each nested exit (KVM before the patch)",
     "lazy": "all rare fields are read when L1 first needs one: the patch",
-    "per-field": "only the field that L1 reads is read; all when L1 dirties vmcs12 (rejected in the patch)",
+    "per-field": "only the field that L1 reads; all when L1 dirties vmcs12 (the patch rejects it)",
     "oracle": "knows the future: reads at the exit if L1 will need them, never pulls (lower bound)",
 }
 """Sync policy -> what it does."""
@@ -96,7 +96,8 @@ def release(spec: str) -> Release:
     if base not in by_name:
         raise unknown("KVM release", base, by_name, where=where)
     chosen = set(by_name[base].features)
-    # Names hold hyphens ("no-ibpb-switch"), so a switch ends where the next sign follows a whole name.
+    # Names hold hyphens ("no-ibpb-switch"), so a switch ends where the next sign follows a whole
+    # name.
     names = "|".join(sorted(features(), key=len, reverse=True))
     while switches:
         match = re.match(rf"([+-])({names})(?=[+-]|$)", switches)
@@ -162,7 +163,8 @@ class Config:
             if name not in known:
                 raise unknown("option of L0", name, known)
         if options.get("evmcs"):
-            # An L1 with an enlightened VMCS executes no VMREAD or VMWRITE: there is nothing to shadow.
+            # An L1 with an enlightened VMCS executes no VMREAD or VMWRITE: there is nothing to
+            # shadow.
             options = {**options, "shadow_vmcs": False}
         return cls(rel, sync or rel.sync, **options)
 

@@ -1,12 +1,12 @@
 """The model: what L0's nested VMX does, in plain Python, values and all.
 
-Method names are KVM's (nested.c, vmx.c). A method executes VMX instructions through `Nvmx._vmread` and
-its like, which move values between the VMCSs and append to `Nvmx.trace`; everything else about the cost
-is derived from that trace. Which fields a part of KVM touches is in ``data/l0_paths.csv``; when the part
-runs is here.
+Method names are KVM's (nested.c, vmx.c). A method executes VMX instructions through `Nvmx._vmread`
+and its like, which move values between the VMCSs and append to `Nvmx.trace`; everything else about
+the cost is derived from that trace. Which fields a part of KVM touches is in
+``data/l0_paths.csv``; when the part runs is here.
 
-What decides L0's behaviour besides the values is `Control`; the automaton is compiled by visiting all
-of its reachable values.
+What decides L0's behaviour besides the values is `Control`; the automaton is compiled by visiting
+all of its reachable values.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ MAJOR_CONTROLS = frozenset(
 TO_USER_SPACE = frozenset({"IO_INSTRUCTION", "EPT_MISCONFIG"})
 """L1 exits that L0 completes in its user space (L1's devices are emulated there)."""
 
-NO_SKIP = frozenset({"EXTERNAL_INTERRUPT", "EPT_VIOLATION", "EPT_MISCONFIG", "DR_ACCESS", "IO_INSTRUCTION"})
-"""L1 exits after which L0 does not call skip_emulated_instruction (or its path already holds it)."""
+NO_SKIP = frozenset(
+    {"EXTERNAL_INTERRUPT", "EPT_VIOLATION", "EPT_MISCONFIG", "DR_ACCESS", "IO_INSTRUCTION"}
+)
+"""L1 exits after which L0 skips no instruction, or whose path already holds the skip."""
 
 EXIT_INFO = "exit-info(read-only)"
 AR_BYTES_MASK = 0x1F0FF
@@ -282,7 +284,7 @@ class Nvmx:
         self._set(need_sync_vmcs02_to_vmcs12_rare=False)
 
     def copy_vmcs02_to_vmcs12_rare(self) -> None:
-        """Pull: switch to vmcs02, read the rare fields, switch back; nothing if the flag is clear."""
+        """Pull: switch to vmcs02, read the rare fields, switch back; nothing if already done."""
         if not self.control.need_sync_vmcs02_to_vmcs12_rare:
             return
         self._require_loaded("vmcs01", "copy_vmcs02_to_vmcs12_rare")
@@ -293,7 +295,7 @@ class Nvmx:
         self._stretch("pull")
 
     def _copy_one_rare_field(self, name: str) -> None:
-        """The alternative that the patch's message rejects: fetch only the field that L1 reads."""
+        """Fetch only the field that L1 reads: the alternative that the patch's message rejects."""
         if not self.control.need_sync_vmcs02_to_vmcs12_rare or name not in self._rare:
             return
         self._switch_vmcs("vmcs02", "pull.switch")
@@ -308,7 +310,9 @@ class Nvmx:
         lazy = self.config.sync != "eager" and not self.config.evmcs
         if lazy and self.config.sync == "oracle" and will_pull:
             lazy = False
-        if not lazy:  # before the patch the rare reads stand among the eager ones: same line, same cost
+        if (
+            not lazy
+        ):  # before the patch the rare reads stand among the eager ones: same line, same cost
             self.sync_vmcs02_to_vmcs12_rare()
             self._stretch("rare_reader")
         self._run("sync_vmcs02_to_vmcs12")
@@ -331,7 +335,9 @@ class Nvmx:
 
     def copy_vmcs12_to_shadow(self) -> None:
         """Write vmcs12 to the shadow VMCS for exit-less accesses by L1."""
-        self._shadow_copy("nested_sync_vmcs12_to_shadow", self._rw + self._ro, self._write_shadow_field)
+        self._shadow_copy(
+            "nested_sync_vmcs12_to_shadow", self._rw + self._ro, self._write_shadow_field
+        )
         self._set(need_vmcs12_to_shadow_sync=False)
         self._stretch("copy_vmcs12_to_shadow")
 
@@ -417,7 +423,9 @@ class Nvmx:
             self._set(controls_written=self.control.controls_written - {loaded})
 
     def _vm_exit(self) -> None:
-        self.trace.transitions += 1  # the pair: this VM-exit and the VM-entry that ends the operation
+        self.trace.transitions += (
+            1  # the pair: this VM-exit and the VM-entry that ends the operation
+        )
 
     def _require(self, condition: bool, what: str) -> None:
         if not condition:
@@ -464,7 +472,7 @@ class Nvmx:
     def _vmx_instruction(
         self, handler: Callable[[], VmFail | None], path: str, stretch: str
     ) -> VmFail | None:
-        """An exit of L1 for a VMX instruction: decode, handle, report success or failure."""
+        """Handle an exit of L1 for a VMX instruction: decode, do it, report success or failure."""
         result: list[VmFail | None] = []
 
         def handle() -> None:
@@ -756,7 +764,9 @@ class Nvmx:
         if self.control.guest_mode:
             self.nested_vmx_vmexit(reflected=False)  # vmx_leave_nested
         self.free_nested()
-        self.memory = {p: (dict(fields), launched) for p, (fields, launched) in state.memory.items()}
+        self.memory = {
+            p: (dict(fields), launched) for p, (fields, launched) in state.memory.items()
+        }
         if not state.vmxon:
             return
         self.vmxon()
@@ -812,8 +822,8 @@ class Nvmx:
     def l2_mode(self, mode: str) -> None:
         """L2's environment changed; costs nothing by itself.
 
-        ``long`` and ``legacy`` set its mode, ``efer-host`` makes its EFER the host's, ``x2apic`` and
-        ``xapic`` set how it reaches its APIC.
+        ``long`` and ``legacy`` set its mode, ``efer-host`` makes its EFER the host's, ``x2apic``
+        and ``xapic`` set how it reaches its APIC.
         """
         match mode:
             case "long" | "legacy":

@@ -59,7 +59,9 @@ def parse(text: str) -> Operation:
     try:
         kind = Kind(word)
     except ValueError:
-        raise unknown("operation", word, [str(k) for k in Kind], where=f"operation {text!r}") from None
+        raise unknown(
+            "operation", word, [str(k) for k in Kind], where=f"operation {text!r}"
+        ) from None
     arg = arg.strip()
     if bool(arg) != (kind in WITH_ARGUMENT) or " " in arg:
         need = "one argument" if kind in WITH_ARGUMENT else "no argument"

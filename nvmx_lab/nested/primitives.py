@@ -16,7 +16,7 @@ PRIMITIVES: dict[str, str] = {
     "wrmsr": "WRMSR by L0",
     "invept": "INVEPT or INVVPID by L0",
     "ibpb": "IBPB (WRMSR IA32_PRED_CMD) on a switch of VMCS",
-    "host_state_switch": "vmx_vcpu_put and load of host state on a switch of VMCS (before patch 20)",
+    "host_state_switch": "put and load of host state on a switch of VMCS (before patch 20)",
     "control_check": "VM-entry after a VMWRITE of one of the five major control fields: all checks",
     "field_lookup": "run-time lookup of a field's vmcs12 offset in a shadow copy (before patch 09)",
     "transition": "hardware VM-exit to L0 and VM-entry back, as a pair",

@@ -408,8 +408,18 @@ def _settle(
 def _progress(*, total: int, before: int) -> Any:
     from tqdm import tqdm
 
-    # disable=None: a bar on a terminal, nothing in a log.
-    return tqdm(total=total, initial=before, desc="reports", unit="report", disable=None)
+    # disable=None: a bar on a terminal, nothing in a log. The size is given, because tqdm draws
+    # nothing on a terminal that does not say how large it is.
+    size = shutil.get_terminal_size()
+    return tqdm(
+        total=total,
+        initial=before,
+        desc="reports",
+        unit="report",
+        disable=None,
+        ncols=size.columns,
+        nrows=size.lines,
+    )
 
 
 def _short_temporary_folder() -> str:

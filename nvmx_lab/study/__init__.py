@@ -1,0 +1,1 @@
+"""Studies: pandas pipelines from counts and prices to tidy frames."""

@@ -117,9 +117,9 @@ def breakdown(
     Returns
     -------
     DataFrame
-        One row per L0 and step: kvm, sync, leg, step, instructions (VMX and MSR instructions, mean per
-        exit), cycles_p05, cycles_p50, cycles_p95 (mean per exit). Software beside a VMREAD or VMWRITE
-        that its price includes is with that step.
+        One row per L0 and step: kvm, sync, leg, step, instructions (VMX and MSR instructions, mean
+        per exit), cycles_p05, cycles_p50, cycles_p95 (mean per exit). Software beside a VMREAD or
+        VMWRITE that its price includes is with that step.
 
     Raises
     ------
@@ -129,7 +129,9 @@ def breakdown(
     import pandas as pd
 
     pairs = pairs_of(kvm, sync)
-    _, simulated = simulate_mix(mix, [k for k, _ in pairs], [s for _, s in pairs], exits=exits, seed=seed)
+    _, simulated = simulate_mix(
+        mix, [k for k, _ in pairs], [s for _, s in pairs], exits=exits, seed=seed
+    )
     drawn = prices.load(cpu).draw(draws, seed)
     rows = []
     for item in simulated:
@@ -163,13 +165,16 @@ _INSTRUCTIONS = [
 def _priced_steps(
     steps_of_leg: dict[str, npt.NDArray[np.float64]], drawn: prices.Draws
 ) -> dict[str, tuple[npt.NDArray[np.float64], float]]:
-    """Price the steps of one leg; what a price includes of the software comes off the leg's software."""
+    """Price the steps of one leg; software that a price includes comes off the leg's."""
     priced: dict[str, tuple[npt.NDArray[np.float64], float]] = {}
     known = np.nan_to_num(drawn.cycles, nan=0.0)
     adjusted = {step: charged(counts, drawn) for step, counts in steps_of_leg.items()}
     # `charged` takes the software that a price includes off the software column: move it to where
     # the leg's software is.
-    column = {"L0": list(PRIMITIVES).index("l0_instructions"), "L1": list(PRIMITIVES).index("l1_instructions")}
+    column = {
+        "L0": list(PRIMITIVES).index("l0_instructions"),
+        "L1": list(PRIMITIVES).index("l1_instructions"),
+    }
     for level, index in column.items():
         holder = f"software of {level}"
         if holder not in adjusted:

@@ -96,7 +96,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One word: "saves", "costs", "no difference" or "unclear", by the round trip's interval."""
+        """By the round trip's interval: "saves", "costs", "no difference" or "unclear"."""
         return verdict(self.saving["round_trip_cycles"])
 
     @property
@@ -178,7 +178,8 @@ class Comparison:
             "rare_vmreads_saved_per_exit": self.saving["rare_vmreads_per_exit"],
             **_flat(self.saving["exit_leg_cycles"], "exit_leg_saving_cycles"),
             **_flat(self.saving["round_trip_cycles"], "round_trip_saving_cycles"),
-            "break_even_pull_rate_p50": self.break_even_pull_rate and self.break_even_pull_rate["p50"],
+            "break_even_pull_rate_p50": self.break_even_pull_rate
+            and self.break_even_pull_rate["p50"],
             "verdict": self.verdict,
             "why": self.explanation,
         }
@@ -186,10 +187,11 @@ class Comparison:
     def __str__(self) -> str:
         a, b = self.results
         lines = [
-            f"{self.mix}: {self.title} ({self.basis}); {self.exits:,} nested exits, seed {self.seed}",
+            f"{self.mix}: {self.title} ({self.basis}); {self.exits:,} exits, seed {self.seed}",
             f"prices: {self.cpu} ({self.cpu_basis})",
             "",
-            f"{'':26}{'rare VMREADs':>13}{'pulls':>8}{'exit leg, cycles':>26}{'round trip, cycles':>28}",
+            f"{'':26}{'rare VMREADs':>13}{'pulls':>8}{'exit leg, cycles':>26}"
+            f"{'round trip, cycles':>28}",
         ]
         for side in self.results:
             lines.append(
@@ -212,7 +214,8 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         body = self.to_frame().to_html(index=False, border=0, float_format=lambda x: f"{x:,.2f}")
-        return f"<p><b>{self.mix}</b>: {self.title}. <b>{self.verdict}</b>: {self.explanation}</p>{body}"
+        said = f"<b>{self.mix}</b>: {self.title}. <b>{self.verdict}</b>: {self.explanation}"
+        return f"<p>{said}</p>{body}"
 
 
 def compare(
@@ -265,7 +268,9 @@ def compare(
         exits=exits,
         seed=seed,
     )
-    return priced(loaded, simulated, price_list, seed=seed, draws=draws, allow_unknown=allow_unknown)
+    return priced(
+        loaded, simulated, price_list, seed=seed, draws=draws, allow_unknown=allow_unknown
+    )
 
 
 def priced(
@@ -316,7 +321,8 @@ def priced(
         saving={
             "exit_leg_cycles": quantiles([q[0] for q in difference]),
             "round_trip_cycles": quantiles([q[1] for q in difference]),
-            "rare_vmreads_per_exit": sides[0].rare_vmreads_per_exit - sides[1].rare_vmreads_per_exit,
+            "rare_vmreads_per_exit": sides[0].rare_vmreads_per_exit
+            - sides[1].rare_vmreads_per_exit,
             "vmreads_per_exit": vmreads[0] - vmreads[1],
         },
         break_even_pull_rate=None if even is None else quantiles(even),
@@ -324,13 +330,11 @@ def priced(
     )
 
 
-def break_even(
-    simulated: Simulated, drawn: prices.Draws
-) -> tuple[float, float, float] | None:
+def break_even(simulated: Simulated, drawn: prices.Draws) -> tuple[float, float, float] | None:
     """Return the share of exits with a pull at which a lazy sync saves nothing: p05, p50, p95.
 
-    The saving is the rare reader that an eager L0 runs at each exit, the price a whole pull; both in
-    the release of `simulated`. None where nothing is ever pulled (enlightened VMCS).
+    The saving is the rare reader that an eager L0 runs at each exit, the price a whole pull; both
+    in the release of `simulated`. None where nothing is ever pulled (enlightened VMCS).
     """
     reader, pull = reader_and_pull_counts(simulated.config)
     both = price(np.array([reader[:P], pull[:P]]), drawn, allow_unknown=True).values
@@ -356,13 +360,13 @@ def explain(result: Comparison) -> str:
     saved = result.saving["rare_vmreads_per_exit"]
     if result.break_even_pull_rate is None:
         return (
-            "no VMREAD fewer: L1 reads an enlightened VMCS straight from memory, so L0 must copy every "
-            "field before L1 runs, with either sync."
+            "no VMREAD fewer: L1 reads an enlightened VMCS straight from memory, so L0 must copy "
+            "every field before L1 runs, with either sync."
         )
     if (before.sync, after.sync) != ("eager", "lazy"):
         return " against ".join(
-            f"KVM {side.kvm} ({side.sync}): {side.rare_vmreads_per_exit:.2f} rare fields read per exit, "
-            f"{side.counts['pulls'] / result.exits:.3f} pulls"
+            f"KVM {side.kvm} ({side.sync}): {side.rare_vmreads_per_exit:.2f} rare fields read per "
+            f"exit, {side.counts['pulls'] / result.exits:.3f} pulls"
             for side in result.results
         )
     pulls, even = after.pulls_share, result.break_even_pull_rate["p50"]
@@ -371,8 +375,8 @@ def explain(result: Comparison) -> str:
         return f"{text}: L1 never needs a rare field and never dirties vmcs12, so L0 never pulls."
     side = "below" if pulls < even else "above"
     return (
-        f"{text}; L1 forces a pull (two switches of VMCS and all rare fields) after {pulls:.2%} of the "
-        f"exits, {side} the break-even rate of {even:.0%}."
+        f"{text}; L1 forces a pull (two switches of VMCS and all rare fields) after {pulls:.2%} of "
+        f"the exits, {side} the break-even rate of {even:.0%}."
     )
 
 
@@ -388,7 +392,7 @@ def _counts(simulated: Simulated) -> dict[str, float]:
 def pairs_of(
     kvm: Sequence[str], sync: str | Sequence[str | None] | None
 ) -> list[tuple[str, str | None]]:
-    """Return the two sides of a comparison as (release, policy), one of the lists repeated if short.
+    """Return the two sides of a comparison as (release, policy); a list of one serves both.
 
     Raises
     ------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +101,8 @@ def config_of(mix: Mix, kvm: str, sync: str | None = None) -> Config:
 def foresee(stream: Stream, config: Config) -> Stream:
     """Mark the exits after which a lazy L0 would pull, for the oracle.
 
-    A pull needs an operation of L1 between the exit and the entry, so whether one comes is a property
-    of the word; the mark is ``+pull`` behind the exit reason.
+    A pull needs an operation of L1 between the exit and the entry, so whether one comes is a
+    property of the word; the mark is ``+pull`` behind the exit reason.
     """
     lazy = Automaton(config.with_sync("lazy"), stream.alphabet)
     words = [stream.words[w].tolist() for w in range(len(stream.words))]
@@ -201,7 +200,7 @@ def simulate_mix(
 
 
 def reader_and_pull_counts(config: Config) -> tuple[Float64, Float64]:
-    """Return the counts of one eager rare read within the exit leg, and of one pull; float64[C] each."""
+    """Return the counts of the rare reader within an exit leg, and of a pull; float64[C] each."""
 
     def exit_and_pull(sync: str, *, pull: bool) -> tuple[Float64, Float64]:
         model = Nvmx(config.with_sync(sync))

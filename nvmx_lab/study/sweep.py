@@ -1,4 +1,4 @@
-"""Sweeps: one comparison over a grid of parameters, simulated once per stream, priced many times."""
+"""Sweeps: one comparison over a grid, simulated once per stream, priced many times."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def sweep(
     Returns
     -------
     DataFrame
-        One row per combination: kvm_before, kvm_after, cpu, and the columns of `Comparison.summary`.
+        One row per combination: kvm_before, kvm_after, cpu, and the columns of
+        `Comparison.summary`.
 
     Raises
     ------

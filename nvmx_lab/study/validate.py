@@ -61,8 +61,9 @@ class RunValidation:
     agreement : dict of str to Agreement
         For each of `COMPARED`.
     instructions_not_compared : float or None
-        Share of L0's retired instructions in stretches that are no path of KVM (idle waits of a halted
-        vCPU, page faults): left out on both sides. None if the run does not log instructions.
+        Share of L0's retired instructions in stretches that are no path of KVM (idle waits of a
+        halted vCPU, page faults): left out on both sides. None if the run does not log
+        instructions.
     """
 
     run: str
@@ -117,8 +118,10 @@ def model_per_exit(run: ExecutedRun) -> pd.DataFrame:
 
     for reason in NOT_A_PATH:
         times = np.array(
-            [sum(op.arg == reason and op.kind == "L1_EXIT" for op in stream.word(w))
-             for w in range(len(stream.words))]
+            [
+                sum(op.arg == reason and op.kind == "L1_EXIT" for op in stream.word(w))
+                for w in range(len(stream.words))
+            ]
         )
         left_out += times[stream.ids()] * lengths()[f"l1_exit.{reason}"][0].instructions
     frame["instructions"] = frame["retired"] - left_out
@@ -146,7 +149,9 @@ def validate_run(run: ExecutedRun) -> RunValidation:
     return RunValidation(run.name, len(model), agreement, left_out)
 
 
-def validate(directory: Path | None = None, names: Sequence[str] | None = None) -> list[RunValidation]:
+def validate(
+    directory: Path | None = None, names: Sequence[str] | None = None
+) -> list[RunValidation]:
     """Replay every run of a directory through the model.
 
     Parameters

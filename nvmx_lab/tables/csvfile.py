@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nvmx_lab.tables.fault import Fault
-from nvmx_lab.tables.rules import Names, Rule
+from nvmx_lab.tables.rules import Names, Rule, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,9 @@ class Row:
         return self.cells.get(column, "")
 
     def number(self, column: str) -> float | None:
-        """Return a cell as a number, None if it is none (which has its own fault)."""
-        try:
-            return float(self[column])
-        except ValueError:
-            return None
+        """Return a cell as a finite number, None if it is none (which has its own fault)."""
+        value = number(self[column])
+        return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 WholeTable = Callable[[str, Sequence[Row], Names], Iterable[Fault]]

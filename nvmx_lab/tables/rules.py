@@ -82,11 +82,8 @@ class Number(Rule):
     whole: bool = False
 
     def read(self, text: str) -> object:
-        """Return a float or an int, the text if it is no plain decimal number."""
-        if not _DECIMAL.fullmatch(text):
-            return text
-        # A long run of digits reaches no float: OverflowError is for int(), inf is judged below.
-        return int(text) if self.whole and text.isdecimal() and len(text) < 300 else float(text)
+        """Return a float, the text if it is no plain decimal number."""
+        return number(text)
 
     def problem(self, value: object, names: Names) -> Problem | None:
         """Judge the value."""
@@ -177,6 +174,14 @@ class ListOf(Rule):
             if found is not None:
                 return Problem(f"{found.what}: {item!r}", found.allowed)
         return None
+
+
+def number(text: str) -> float | str:
+    """Return the number that a plain decimal text stands for, the text itself if it is none.
+
+    Stricter than `float`: no ``nan``, no ``1_000``, no space around. May be infinite (``1e400``).
+    """
+    return float(text) if _DECIMAL.fullmatch(text) else text
 
 
 def suggestion(value: object, words: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Executed runs: real KVM, every VMX instruction logged, as streams and as counts to compare with.
 
-A run is ``RUN.toml``, ``RUN.exits.parquet`` and ``RUN.l1_ops.parquet``; ``RUN.segments.parquet`` adds
-the retired instructions of each stretch. ``data/README.md`` describes the columns.
+A run is ``RUN.toml``, ``RUN.exits.parquet`` and ``RUN.l1_ops.parquet``; ``RUN.segments.parquet``
+adds the retired instructions of each stretch. ``data/README.md`` describes the columns.
 
 The log has instructions, not values. Where L0's next step depends on a value, the operations are
 annotated from what L1 did; each rule is a function here and says what it infers from what.
@@ -32,8 +32,9 @@ L1_OPS_COLUMNS = ("exit", "seq", "op", "field", "trapped")
 SEGMENTS_COLUMNS = ("exit", "level", "handler", "instructions", "vmptrld", "rare_vmread")
 
 NOT_A_PATH = ("HLT", "EPT_VIOLATION")
-"""L1 exits whose stretch in L0 is no path of KVM: the idle wait of a halted vCPU, and the allocation
-and zeroing of memory on a page fault. Their lengths say how long L0 slept or how large a page was."""
+"""L1 exits whose stretch in L0 is no path of KVM: the idle wait of a halted vCPU, and allocation
+and zeroing of memory on a page fault. Their lengths say how long L0 slept or how large a page
+was."""
 
 _LEGACY_PHASES = ("pm32", "real16")
 _UART_BURST = 8
@@ -134,7 +135,7 @@ def load(name: str, directory: Path | None = None) -> ExecutedRun:
 
 
 def _pulls_of(logged: pd.DataFrame, config: Config) -> Any:
-    """Pulls of each exit, where only the exit's totals are logged: the rare reader ran outside the leg.
+    """Return the pulls of each exit where only the exit's totals are logged.
 
     An eager L0 or an enlightened VMCS runs the reader in the exit leg; that is no pull.
     """
@@ -150,9 +151,8 @@ def _settings(file: Path) -> dict[str, Any]:
         raise LabError("cannot read the settings of a run", where=file, got=str(error)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LabError("malformed TOML", where=file, got=str(error)) from None
-    for key, kind in (("kvm", str), ("sync", str)) + tuple(
-        (k, bool) for k in ("shadow_vmcs", "evmcs", "mpx")
-    ):
+    texts, flags = ("kvm", "sync"), ("shadow_vmcs", "evmcs", "mpx")
+    for key, kind in [*((k, str) for k in texts), *((k, bool) for k in flags)]:
         if not isinstance(got.get(key), kind):
             raise LabError(f"needs {key}", where=file, got=got.get(key), allowed=kind.__name__)
     return got
@@ -209,8 +209,10 @@ def _round_trips(
 
 
 def _l1_operations(ops: Sequence[tuple[str, str]]) -> Iterator[Operation]:
-    """Yield what L1 did. The log has no pointers: a VMCLEAR is of the current VMCS if L1 loads one
-    afterwards without giving it its constant host state, which L1 does once for a new VMCS.
+    """Yield what L1 did.
+
+    The log has no pointers: a VMCLEAR is of the current VMCS if L1 loads one afterwards without
+    giving it its constant host state, which L1 does once for a new VMCS.
     """
     new = ("VMWRITE", "HOST_CS_SELECTOR") in ops
     for i, (op, name) in enumerate(ops):
@@ -231,9 +233,9 @@ def _l1_operations(ops: Sequence[tuple[str, str]]) -> Iterator[Operation]:
 def _reason(reason: str, ops: Sequence[tuple[str, str]]) -> str:
     """Exit reason that L1 sees.
 
-    The log has the hardware's. An external interrupt that belongs to L1 is acknowledged on exit, so L1
-    reads VM_EXIT_INTR_INFO; when L1 does not, L0's interrupt was the timer behind L1's VMX-preemption
-    timer.
+    The log has the hardware's. An external interrupt that belongs to L1 is acknowledged on exit,
+    so L1 reads VM_EXIT_INTR_INFO; when L1 does not, L0's interrupt was the timer behind L1's
+    VMX-preemption timer.
     """
     if reason != "EXTERNAL_INTERRUPT" or ("VMREAD", "VM_EXIT_INTR_INFO") in ops:
         return reason
@@ -242,7 +244,7 @@ def _reason(reason: str, ops: Sequence[tuple[str, str]]) -> str:
 
 
 def _inferred_writes(reason: str, upcoming: str, phase: str, evmcs: bool) -> Iterator[Operation]:
-    """What an L1 with an enlightened VMCS wrote: stores to memory, which no log shows.
+    """Yield what an L1 with an enlightened VMCS wrote: stores to memory, which no log shows.
 
     An INTERRUPT_WINDOW exit means that the window was opened at an entry before (not at one after a
     HLT: a halted L2 waits with the window open), and it is closed at the next one; KVM_SET_SREGS
@@ -261,7 +263,8 @@ def _annotated(ops: Sequence[Operation], evmcs: bool) -> list[Operation]:
     """Mark the L1 exits after which L0 delivers an interrupt to L1, and L1's ends of interrupt.
 
     * An external interrupt directly followed by a WRMSR was L1's timer: L1 runs its handler, which
-      re-arms the timer. Not if the next interrupt follows at once: then L1 is idle and only moved it.
+      re-arms the timer. Not if the next interrupt follows at once: then L1 is idle and only moved
+      it.
     * L1's console is a 16550 UART in L0's user space: of the eight port accesses that send one
       character, the first and the fifth raise its transmitter-empty interrupt.
     * With Hyper-V's enlightenments an end of interrupt is a WRMSR, the first after the interrupt.
@@ -290,12 +293,12 @@ def _mode_changes(
     i: int,
     evmcs: bool,
 ) -> Iterator[Operation]:
-    """Changes of L2's mode that L1 carried out, from the control fields that it wrote.
+    """Yield the changes of L2's mode that L1 carried out, from the controls that it wrote.
 
     VM_ENTRY_CONTROLS holds "IA-32e mode guest" and "load EFER". On a WRMSR outside legacy mode L1
-    writes it because EFER became the host's; on any other exit because L2 entered or left IA-32e mode.
-    SECONDARY_VM_EXEC_CONTROL on a WRMSR: L2 switched its APIC to x2APIC mode. An enlightened VMCS logs
-    no writes: there the name of the next phase tells.
+    writes it because EFER became the host's; on any other exit because L2 entered or left IA-32e
+    mode. SECONDARY_VM_EXEC_CONTROL on a WRMSR: L2 switched its APIC to x2APIC mode. An enlightened
+    VMCS logs no writes: there the name of the next phase tells.
     """
     if any(op == "VMPTRLD" for op, _ in ops):
         return  # another VMCS is set up: these writes are its initial state
@@ -316,7 +319,7 @@ def _mode_changes(
 
 
 def _starts_legacy(exits: pd.DataFrame, operations: pd.DataFrame) -> bool:
-    """Return whether L2 starts outside IA-32e mode: its first change of mode is then turning paging on."""
+    """Return whether L2 starts outside IA-32e mode: then it turns paging on first."""
     first = str(exits["phase"].iloc[0]) if len(exits) else ""
     if first:
         return first.startswith(_LEGACY_PHASES)
@@ -329,7 +332,7 @@ def _starts_legacy(exits: pd.DataFrame, operations: pd.DataFrame) -> bool:
 
 
 def _from_segments(file: Path, exits: pd.DataFrame) -> tuple[Any, Any, Any, float]:
-    """Return per exit: L0's compared instructions, L1's instructions, pulls; and the share left out."""
+    """Return, per exit, L0's compared and L1's instructions and pulls; and the share left out."""
     import numpy as np
 
     nothing = np.full(len(exits), np.nan)

@@ -1,8 +1,9 @@
 """Lengths of L0's stretches in retired instructions, from the executed runs.
 
-``data/l0_lengths.csv`` is the output of `derive`; a test holds the two together. A length is the mean
-over the logged stretches of one run, those longer than twice the median left out: these hold work of
-L0 that is not on the path (scheduling, first touch). The runs that no row names are held out.
+``data/l0_lengths.csv`` is the output of `derive`; a test holds the two together. A length is the
+mean over the logged stretches of one run, those longer than twice the median left out: these hold
+work of L0 that is not on the path (scheduling, first touch). The runs that no row names are held
+out.
 """
 
 from __future__ import annotations
@@ -77,14 +78,21 @@ def derive(directory: Path | None = None) -> list[dict[str, str]]:
     add("pull_one", "", pull - rare * 34 / 35, 0, "", "derived: a pull less 34 of its 35 reads")
     add(
         *("copy_vmcs12_to_shadow", "", to_shadow, 100, EVMCS),
-        f"{difference}: lazy exit leg of CPUID plus the rare reader, minus that with an enlightened "
-        "VMCS; low by the copy to the enlightened VMCS, which is not logged",
+        f"{difference}: lazy exit leg of CPUID plus the rare reader, minus that with an "
+        "enlightened VMCS; low by the copy to the enlightened VMCS, which is not logged",
     )
     add(
         *("copy_shadow_to_vmcs12", "", to_vmcs12, 0, ""),
         "assumed: as many instructions per field as copy_vmcs12_to_shadow, 24 fields for 35",
     )
-    add("exit_legacy", "", legacy, 200, LEGACY, f"{difference}: CPUID exit leg, L2 in or out of IA-32e")
+    add(
+        "exit_legacy",
+        "",
+        legacy,
+        200,
+        LEGACY,
+        f"{difference}: CPUID exit leg, L2 in or out of IA-32e",
+    )
     add("entry.clean", "", 0, 0, "", "by definition: VMRESUME below is with a clean vmcs12")
     add("entry.dirty", "", dirty, 1179, LAZY, f"{difference}: VMRESUME with dirty and clean vmcs12")
 
@@ -93,7 +101,9 @@ def derive(directory: Path | None = None) -> list[dict[str, str]]:
     def leg(reason: str, run: str, **equal: object) -> None:
         values = log.select(run, "exit", l2_exit_reason=equal.pop("hardware", reason), **equal)
         name = f"exit.{reason}" if reason else "exit"
-        add(name, "", typical(values) - to_shadow, len(values), run, f"{mean}, less the shadow copy")
+        add(
+            name, "", typical(values) - to_shadow, len(values), run, f"{mean}, less the shadow copy"
+        )
 
     for reason in (
         *("CPUID", "CR_ACCESS", "EPT_VIOLATION", "HLT", "IO_INSTRUCTION", "RDMSR", "VMCALL"),
@@ -160,5 +170,3 @@ def as_csv(rows: list[dict[str, str]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
