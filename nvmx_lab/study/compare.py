@@ -185,7 +185,6 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        a, b = self.results
         lines = [
             f"{self.mix}: {self.title} ({self.basis}); {self.exits:,} exits, seed {self.seed}",
             f"prices: {self.cpu} ({self.cpu_basis})",
@@ -209,7 +208,6 @@ class Comparison:
         ]
         if self.left_out:
             lines.append(f"Without {', '.join(self.left_out)}: no price.")
-        del a, b
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

@@ -72,7 +72,8 @@ class Simulated:
         return total
 
     def _sum(self, operations: Iterable[Operation]) -> Float64:
-        return np.sum([self.by_operation[op] for op in operations], axis=0)
+        total: Float64 = np.sum([self.by_operation[op] for op in operations], axis=0)
+        return total
 
     def counter(self, name: str) -> float:
         """Return one counter of the round trip, whole run."""
