@@ -42,6 +42,9 @@ NO_SKIP = frozenset(
 """L1 exits after which L0 skips no instruction, or whose path already holds the skip."""
 
 EXIT_INFO = "exit-info(read-only)"
+VM_FAIL_FIELD = "VM_INSTRUCTION_ERROR"
+SYSENTER = ("GUEST_SYSENTER_CS", "GUEST_SYSENTER_ESP", "GUEST_SYSENTER_EIP")
+INTR_INFO_VALID = 1 << 31
 AR_BYTES_MASK = 0x1F0FF
 WIDTH_MASK = {"16": 0xFFFF, "32": 0xFFFFFFFF, "64": (1 << 64) - 1, "natural": (1 << 64) - 1}
 
@@ -191,7 +194,14 @@ class Nvmx:
         self._rw_static = rw
         self._rw = tuple(n for n in order if n in rw - absent)
         self._ro = tuple(n for n in order if n in ro - absent)
-        self._exit_info = tuple(f.name for f in order.values() if f.group == EXIT_INFO)
+        self._exit_info = tuple(
+            f.name for f in order.values() if f.group == EXIT_INFO and f.name != VM_FAIL_FIELD
+        )
+        # Kept up to date when L0 emulates L2's write, so nested exit need not read them.
+        self._tracked = {
+            *(SYSENTER if "no-sysenter-read" in config.kvm.features else ()),
+            *(("GUEST_BNDCFGS",) if "no-bndcfgs-read" in config.kvm.features else ()),
+        }
         self._paths = _resolved_paths(config)
         self._rare = vmcs.rare(mpx=config.mpx and "no-bndcfgs-read" not in config.kvm.features)
 
@@ -396,6 +406,8 @@ class Nvmx:
             self._run("prepare_vmcs12")
             for name in self._exit_info:  # handed down by the reflecting handler: no further VMREAD
                 self.vmcs12[name] = self.vmcs02.get(name, 0)
+            event = self.vmcs12.get("VM_ENTRY_INTR_INFO_FIELD", 0)
+            self.vmcs12["VM_ENTRY_INTR_INFO_FIELD"] = event & ~INTR_INFO_VALID
             self._set(launched=True)
         self._switch_vmcs("vmcs01", "vmx_switch_vmcs")
         self._run("nested_vmx_vmexit")
@@ -477,12 +489,18 @@ class Nvmx:
 
         def handle() -> None:
             self._run(path)
-            result.append(handler())
+            result.append(self._report(handler()))
             self._run("set_rflags" if path == "nested_vmx_get_vmptr" else "nested_vmx_succeed")
 
         self._l1_exit(handle, stretch)
         self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.rip")
         return result[0]
+
+    def _report(self, failure: VmFail | None) -> VmFail | None:
+        """Note the number of a VMfailValid in vmcs12."""
+        if failure is not None and failure.number is not None:
+            self.vmcs12[VM_FAIL_FIELD] = failure.number
+        return failure
 
     # -- VMREAD and VMWRITE by L1 --------------------------------------------------------------
 
@@ -686,7 +704,7 @@ class Nvmx:
             self.nested_vmx_enter_non_root_mode()
 
         self._l1_exit(handle, "l1_exit.VMRESUME", skip=False)
-        if failure[0] is not None:
+        if self._report(failure[0]) is not None:
             self._run("nested_vmx_succeed")
             self._run("skip")
             self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.rip")
@@ -718,7 +736,10 @@ class Nvmx:
     def l2_write(self, name: str, value: int) -> None:
         """L2 changes a field of its own state."""
         self._require(self.control.guest_mode, "L2 does not run")
-        self.vmcs02[name] = value & WIDTH_MASK[vmcs.field(name).width]
+        value &= WIDTH_MASK[vmcs.field(name).width]
+        self.vmcs02[name] = value
+        if name in self._tracked:
+            self.vmcs12[name] = value
 
     def l2_read(self, name: str) -> int:
         """Return what L2 has in a field of its state."""
@@ -777,6 +798,8 @@ class Nvmx:
         if state.guest_mode:
             self.nested_vmx_enter_non_root_mode()
             self.vmx_vcpu_run("vmx_vcpu_run.nested_enter", "vmx_vcpu_run.regs.nested")
+        else:
+            self.vmx_vcpu_run("vmx_vcpu_run.enter", None)
 
     # -- streams -------------------------------------------------------------------------------
 
