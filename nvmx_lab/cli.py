@@ -189,6 +189,8 @@ def tables_check(data: Path | None) -> None:
     """Check every table: schema, units, sources, cross-references. Exit status 1 on a fault."""
     from nvmx_lab import tables as checker
 
+    if data is not None and not data.is_dir():
+        raise LabError("no such folder of data tables", where=data)
     faults = checker.check(data)
     click.echo(checker.report(faults))
     if faults:

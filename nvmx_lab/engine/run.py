@@ -15,9 +15,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nvmx_lab.engine.compiled import kernel
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
+
+_PARTS = 4
+"""Parts that the kernel walks side by side: lines of its `visits`."""
 
 
 class WordStream(Protocol):
@@ -62,6 +67,17 @@ class Lifted:
     boundary: Int32
     next_of_word: Int32
 
+    @property
+    def next_row(self) -> Int32:
+        """`next_of_word` laid out flat, each state as the row where it starts: int32[B * W]."""
+        return (self.next_of_word * np.int32(self.next_of_word.shape[1])).ravel()
+
+    @property
+    def settled(self) -> Int32:
+        """The row after each word that leads to the same state from everywhere, else -1: int32[W]."""
+        rows = self.next_of_word * np.int32(self.next_of_word.shape[1])
+        return np.where((rows == rows[0]).all(axis=0), rows[0], np.int32(-1))
+
 
 def lift(automaton: Tables, offsets: Int64, codes: npt.NDArray[np.uint16]) -> Lifted:
     """Follow every word from every boundary state that can be reached.
@@ -72,6 +88,11 @@ def lift(automaton: Tables, offsets: Int64, codes: npt.NDArray[np.uint16]) -> Li
         Must have visited all words (`Automaton.visit_words`).
     offsets, codes : int64[W + 1], uint16[N]
         The dictionary of words.
+
+    Raises
+    ------
+    ValueError
+        If the automaton has not visited a word from a state where it can start.
     """
     table = automaton.next_state
     starts, stops = offsets[:-1], offsets[1:]
@@ -85,6 +106,8 @@ def lift(automaton: Tables, offsets: Int64, codes: npt.NDArray[np.uint16]) -> Li
             at = starts + step
             live = at < stops
             state[live] = table[state[live], codes[at[live]]]
+            if state.min() < 0:  # the kernels do not look: a wrong index there reads anywhere
+                raise ValueError("the automaton has not visited all words: visit_words first")
         for after in np.unique(state).tolist():
             if after not in index:
                 index[after] = len(boundary)
@@ -115,17 +138,19 @@ def visits(
     -------
     list of int64[B, W]
     """
-    from nvmx_lab.engine import kernels
-
-    tables = tuple(item.next_of_word for item in lifted)
-    seen = tuple(np.zeros(item.next_of_word.shape, np.int64) for item in lifted)
-    states = np.zeros(len(lifted), np.int64)
+    walk = kernel("run_words")
+    tables = [(item.next_row, item.settled) for item in lifted]
+    seen = [np.zeros((_PARTS, item.next_of_word.size), np.int64) for item in lifted]
+    rows = [0] * len(lifted)
     for ids in stream.sequence():
-        for k, table in enumerate(tables):
-            states[k] = kernels.run_words(table, ids, states[k], seen[k])
+        for k, (next_row, settled) in enumerate(tables):
+            rows[k] = walk(next_row, settled, ids, rows[k], seen[k])
         if progress is not None:
             progress(ids.size)
-    return list(seen)
+    return [
+        parts.sum(axis=0).reshape(item.next_of_word.shape)
+        for parts, item in zip(seen, lifted, strict=True)
+    ]
 
 
 def pair_visits(
@@ -166,12 +191,11 @@ def counts_of_word(
 
 def counts_per_exit(stream: WordStream, lifted: Lifted, word_counts: Float64) -> Float64:
     """Return the counts of every exit, float64[exits, C]; memory grows with the stream."""
-    from nvmx_lab.engine import kernels
-
+    follow = kernel("states_before")
     out = []
     state = 0
     for ids in stream.sequence():
         before = np.empty(ids.size, np.int64)
-        state = kernels.states_before(lifted.next_of_word, ids, state, before)
+        state = follow(lifted.next_of_word, ids, state, before)
         out.append(word_counts[before, ids])
     return np.concatenate(out)
