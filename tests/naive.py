@@ -61,11 +61,8 @@ EXIT_REASONS = {
     "EXTERNAL_INTERRUPT": 1,
     "CPUID": 10,
     "HLT": 12,
-    "VMCALL": 18,
     "CR_ACCESS": 28,
     "IO_INSTRUCTION": 30,
-    "RDMSR": 31,
-    "WRMSR": 32,
     "EPT_VIOLATION": 48,
 }
 
@@ -78,7 +75,7 @@ class Fail(NamedTuple):
 
 @dataclass
 class Page:
-    """One VMCS in guest memory: field values (0 where absent, None where undefined), launch state."""
+    """One VMCS in guest memory: fields (absent is 0, None is undefined) and launch state."""
 
     fields: dict[str, int | None] = field(default_factory=dict)
     launched: bool = False
@@ -95,13 +92,16 @@ class Architecture:
     ----------
     strips_access_rights : bool
         Whether VMWRITE drops the reserved bits of access rights, as some CPUs and KVM since 5.3 do.
-    saves_bndcfgs : bool
-        Whether BNDCFGS is part of what a VM exit saves.
+    saves_also : tuple of str
+        State besides `SAVED_AT_EXIT` that a VM entry loads and a VM exit saves: BNDCFGS with MPX,
+        the PDPTEs of an L2 with PAE paging, the interrupt status with virtual-interrupt delivery.
     """
 
-    def __init__(self, *, strips_access_rights: bool = True, saves_bndcfgs: bool = True) -> None:
+    def __init__(
+        self, *, strips_access_rights: bool = True, saves_also: tuple[str, ...] = ()
+    ) -> None:
         self.strips_access_rights = strips_access_rights
-        self.saved = SAVED_AT_EXIT + (("GUEST_BNDCFGS",) if saves_bndcfgs else ())
+        self.saved = SAVED_AT_EXIT + saves_also
         self.memory: dict[str, Page] = {}
         self.on = False
         self.pointer: str | None = None  # the current VMCS
@@ -136,14 +136,14 @@ class Architecture:
         self.page.fields["VM_INSTRUCTION_ERROR"] = number
         return Fail(number)
 
-    def l1_vmread(self, name: str) -> int | None | Fail:
+    def l1_vmread(self, name: str) -> int | Fail | None:
         if self.pointer is None:
             return Fail(None)
         if name not in IN_VMCS12:
             return self._fail(12)
         return self.page.fields.get(name, 0)
 
-    def l1_vmwrite(self, name: str, value: int) -> None | Fail:
+    def l1_vmwrite(self, name: str, value: int) -> Fail | None:
         if self.pointer is None:
             return Fail(None)
         if name not in IN_VMCS12:
@@ -153,14 +153,14 @@ class Architecture:
         self.page.fields[name] = value
         return None
 
-    def vmlaunch(self) -> None | Fail:
+    def vmlaunch(self) -> Fail | None:
         if self.pointer is None:
             return Fail(None)
         if self.page.launched:
             return self._fail(4)
         return self._enter()
 
-    def vmresume(self) -> None | Fail:
+    def vmresume(self) -> Fail | None:
         if self.pointer is None:
             return Fail(None)
         if not self.page.launched:
@@ -171,7 +171,7 @@ class Architecture:
         self.page.launched = True
         self.in_l2 = True
         self.l2 = {name: self.page.fields.get(name, 0) for name in self.saved}
-        if not self._entry_control(LOAD_BNDCFGS):
+        if "GUEST_BNDCFGS" in self.l2 and not self._entry_control(LOAD_BNDCFGS):
             self.l2["GUEST_BNDCFGS"] = None  # L2 keeps L1's, and L1's registers are not modelled
 
     def _entry_control(self, bit: int) -> bool:
@@ -188,7 +188,7 @@ class Architecture:
     def l0_exit(self, reason: str) -> None:
         pass
 
-    def nested_exit(self, reason: str, info: dict[str, int]) -> None:
+    def nested_exit(self, info: dict[str, int]) -> None:
         fields = self.page.fields
         fields.update(self.l2)
         if not self._entry_control(IA32E_MODE):
@@ -216,8 +216,8 @@ class Architecture:
 class EnlightenedArchitecture(Architecture):
     """The same for an L1 with an enlightened VMCS: its VMCS is plain memory."""
 
-    def __init__(self, *, saves_bndcfgs: bool = True) -> None:
-        super().__init__(strips_access_rights=False, saves_bndcfgs=saves_bndcfgs)
+    def __init__(self, *, saves_also: tuple[str, ...] = ()) -> None:
+        super().__init__(strips_access_rights=False, saves_also=saves_also)
 
     def evmcs_write(self, name: str, value: int) -> None:
         self.page.fields[name] = value
@@ -225,9 +225,10 @@ class EnlightenedArchitecture(Architecture):
     def evmcs_read(self, name: str) -> int | None:
         return self.page.fields.get(name, 0)
 
+
 @dataclass
 class RareState:
-    """When vmcs12's rare fields are stale: the table of triggers, one method per row.
+    """When vmcs12's rare fields are stale: the table of triggers, one case per row.
 
     Parameters
     ----------
@@ -236,18 +237,24 @@ class RareState:
     get_pulls : bool
         Whether KVM_GET_NESTED_STATE pulls while L1 runs (fixed in 5.11).
     unpulled : frozenset of str
-        Fields whose VMWRITE does not pull: the RW-shadowed ones, and before patch 07 with a shadow
-        VMCS the RO-shadowed ones too, because it does not even exit.
+        Fields whose VMWRITE does not pull: the RW-shadowed ones; before patch 07 with a shadow VMCS
+        the RO-shadowed ones too, because it does not even exit; those that vmcs12 lacks, if L0
+        looks at that first.
+    per_field : bool
+        Whether a VMREAD fetches only its own field and so leaves the flag set.
+    foresees : bool
+        Whether an exit after which L1 will need a rare field (``+pull``) syncs at once.
     """
 
     lazy: bool
     get_pulls: bool
     unpulled: frozenset[str]
     per_field: bool = False
+    foresees: bool = False
     stale: bool = False
     outlived: bool = False  # the flag is set, but the vmcs02 it spoke of is gone
 
-    def pulls(self, operation: str, argument: str = "", *, current: str | None = None) -> bool:
+    def pulls(self, operation: str, argument: str, *, current: str | None) -> bool:
         """Return whether L0 pulls for the operation, were the flag set (L1 runs)."""
         if current is None:
             return False
@@ -260,25 +267,35 @@ class RareState:
                 return argument == current
             case "vmptrld":
                 return argument != current
-            case "get_nested_state":
+            case "save":
                 return self.get_pulls
         return False
 
-    def pulled(self) -> None:
-        self.stale = self.outlived = False
-
-    def nested_exit(self) -> None:
-        self.stale, self.outlived = self.lazy, False
-
-    def entered(self) -> None:
-        # The new vmcs02 is filled from vmcs12 (VMPTRLD or a restore made it dirty): what the flag
-        # says is true again.
-        self.outlived = False
-
-    def freed(self, *, in_l2: bool = False) -> None:
-        # Leaving L2 by force is an exit without a reason: it sets the flag just before vmcs02 goes.
-        self.stale = self.stale or (in_l2 and self.lazy)
-        self.outlived = self.stale
+    def step(
+        self, operation: str, argument: str, *, current: str | None, was_in_l2: bool, in_l2: bool
+    ) -> None:
+        """Follow a step; `current` and `was_in_l2` are from before it, `in_l2` from after."""
+        match operation:
+            case "nested_exit":
+                self.stale = self.lazy and not (self.foresees and argument.endswith("+pull"))
+            case "save" if was_in_l2:
+                self.stale = False  # both readers run, since vmcs02 is loaded
+            case "migrate":
+                self.stale = self.outlived = False  # a new vCPU
+            case "restore":
+                # Leaving L2 by force is an exit without a reason: the flag is set, vmcs02 goes.
+                self.stale = self.stale or (was_in_l2 and self.lazy)
+                self.outlived = self.stale
+            case "vmxoff":
+                self.outlived = self.stale
+            case "l1_vmread" if self.per_field:
+                pass
+            case _ if self.pulls(operation, argument, current=current):
+                self.stale = False
+        if in_l2:
+            # vmcs02 was filled from vmcs12 (VMPTRLD or the restore made it dirty): what the flag
+            # says is true again.
+            self.outlived = False
 
 
 # Numbers that the descriptions of the mechanism state, one line per statement. x86-64, EPT on.
@@ -288,6 +305,7 @@ _RELEASES = ("5.2", "5.2+patch13", "5.3", "5.8", "5.11", "6.1")
 
 def at_least(kvm: str, release: str) -> bool:
     """Return whether `kvm` is `release` or newer."""
+    kvm = kvm.removesuffix("+ibpb")
     return _RELEASES.index(kvm) >= _RELEASES.index(release)
 
 
@@ -297,7 +315,9 @@ def rare_reads(kvm: str, *, mpx: bool) -> int:
 
 
 def naive_counts(kvm: str, what: str, *, mpx: bool = True) -> Counter[str]:
-    """Return VMX instructions (``vmread``, ``vmwrite``, ``vmptrld``, ``vmclear``) of one step.
+    """Return how many instructions one step executes.
+
+    Those are ``vmread``, ``vmwrite``, ``vmptrld``, ``vmclear``, ``rdmsr`` and ``ibpb``.
 
     `what` is a part of an operation:
 
@@ -313,7 +333,14 @@ def naive_counts(kvm: str, what: str, *, mpx: bool = True) -> Counter[str]:
     """
     match what:
         case "pull":
-            return Counter(vmread=rare_reads(kvm, mpx=mpx), vmptrld=2)
+            # Until 5.8 each of the two switches is a full load: DEBUGCTL is read, IBPB if in use.
+            heavy = 0 if at_least(kvm, "5.8") else 2
+            return +Counter(
+                vmread=rare_reads(kvm, mpx=mpx),
+                vmptrld=2,
+                rdmsr=heavy,
+                ibpb=heavy if kvm.endswith("+ibpb") else 0,
+            )
         case "eager exit instead of lazy":
             return Counter(vmread=rare_reads(kvm, mpx=mpx))
         case "copy_shadow_to_vmcs12":
@@ -331,7 +358,8 @@ def naive_counts(kvm: str, what: str, *, mpx: bool = True) -> Counter[str]:
 EXECUTED_61 = {
     "exit, lazy": Counter(vmread=21, vmwrite=90, vmptrld=3, vmclear=1),
     "exit, eager": Counter(vmread=56, vmwrite=90, vmptrld=3, vmclear=1),
-    "exit, eVMCS": Counter(vmread=72, vmwrite=95, vmptrld=2),
+    # Exit leg, L1's RDMSR and its VMRESUME together.
+    "round trip, eVMCS": Counter(vmread=72, vmwrite=95, vmptrld=2),
     "VMRESUME, clean": Counter(vmread=31, vmwrite=27, vmptrld=3, vmclear=1),
     "VMRESUME, dirty": Counter(vmread=31, vmwrite=84, vmptrld=3, vmclear=1),
     "VMREAD": Counter(vmread=12, vmwrite=2),

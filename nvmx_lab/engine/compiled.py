@@ -1,9 +1,9 @@
 """The kernels, compiled on first use, and where their machine code is kept.
 
 Numba keeps machine code on disk and knows a stale one by the source file's time and size (in later
-versions by its content). Here the folder's name is a hash of `nvmx_lab.engine.kernels`'s text, so an
-edited file never meets the code of another, whatever the clock says. Numba writes its files under
-another name and renames them: worker processes may share the folder.
+versions by its content). Here the folder's name is a hash of the text of `nvmx_lab.engine.kernels`,
+so an edited file never meets the code of another, whatever the clock says. Numba writes its files
+under another name and renames them: worker processes may share the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 _LOCK = threading.Lock()
 
@@ -31,10 +31,11 @@ def cache_folder() -> Path | None:
         None where nothing can be written: the kernels are then compiled in every process, which
         takes about a second.
     """
-    from numba import config
+    import numba
 
     from nvmx_lab.engine import kernels
 
+    config = cast(Any, numba.config)  # its settings are not declared
     text = Path(kernels.__file__).read_bytes()
     # Code compiled with bounds checks must not be taken for code without.
     key = hashlib.sha256(text + f"bounds checks: {config.BOUNDSCHECK}".encode()).hexdigest()[:16]
@@ -68,14 +69,14 @@ def kernel(name: str) -> Callable[..., Any]:
 
     from nvmx_lab.engine import kernels
 
-    folder = cache_folder()
+    folder, config = cache_folder(), cast(Any, numba.config)
     with _LOCK:
         # Numba reads the folder when it decorates, not later: no other code of the user's is moved.
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder or "")
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder or "")
         try:
             compiled: Callable[..., Any] = numba.njit(cache=folder is not None, nogil=True)(
                 getattr(kernels, name)
             )
         finally:
-            numba.config.CACHE_DIR = before
+            config.CACHE_DIR = before
     return compiled

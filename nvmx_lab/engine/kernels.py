@@ -48,8 +48,8 @@ def run_words(next_row, settled, ids, row, visits):  # type: ignore[no-untyped-d
         if known < 0:
             part = 0  # nothing to start from: walk all of it in one piece
             break
-        for i in range(at + 1, k * part):
-            known = next_row[known + ids[i]]
+        for j in range(at + 1, k * part):
+            known = next_row[known + ids[j]]
         starts[k] = known
     r0 = np.uint64(row)
     if part > 0:

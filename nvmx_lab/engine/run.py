@@ -74,9 +74,10 @@ class Lifted:
 
     @property
     def settled(self) -> Int32:
-        """The row after each word that leads to the same state from everywhere, else -1: int32[W]."""
+        """The row after each word that leads to one state from everywhere, else -1: int32[W]."""
         rows = self.next_of_word * np.int32(self.next_of_word.shape[1])
-        return np.where((rows == rows[0]).all(axis=0), rows[0], np.int32(-1))
+        same = (rows == rows[0]).all(axis=0)
+        return np.where(same, rows[0], np.int32(-1))
 
 
 def lift(automaton: Tables, offsets: Int64, codes: npt.NDArray[np.uint16]) -> Lifted:

@@ -128,6 +128,7 @@ class Automaton:
         model = self._model
         model.control = self.states[state]
         model.current_vmptr = "A" if model.control.has_vmcs12 else None
+        model.memory.clear()  # else the result would depend on which pairs were visited before
         model.trace = Trace()
         model.apply(self.alphabet[code])
         return model.control, model.trace

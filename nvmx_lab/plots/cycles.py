@@ -18,6 +18,7 @@ from nvmx_lab.plots.figure import (
     number,
     require,
     span,
+    thousands,
 )
 
 if TYPE_CHECKING:
@@ -70,9 +71,14 @@ def breakdown(frame: pd.DataFrame) -> Plot:
         if leg not in drawn.index.unique("leg"):
             continue
         axes.text(
-            0, place, f" {leg}", fontweight="bold", va="center", ha="left",
+            0,
+            place,
+            f" {leg}",
+            fontweight="bold",
+            va="center",
+            ha="left",
             transform=axes.get_yaxis_transform(),
-        )  # fmt: skip
+        )
         place += 0.8
         of_leg = drawn.loc[leg].max(axis=1).sort_values(ascending=False, kind="stable")
         for step in of_leg.index:
@@ -82,11 +88,13 @@ def breakdown(frame: pd.DataFrame) -> Plot:
                 low = steps.loc[(leg, step), ("cycles_p05", name)]
                 high = steps.loc[(leg, step), ("cycles_p95", name)]
                 axes.barh(
-                    place + (k - 0.5) * 0.36, middle, height=0.34,
+                    place + (k - 0.5) * 0.36,
+                    middle,
+                    height=0.34,
                     color=((SKY, BLUE), (ORANGE, VERMILLION))[special][k],
                     xerr=[[middle - low], [high - middle]],
                     error_kw={"ecolor": "#444444", "elinewidth": 0.9, "capsize": 0},
-                )  # fmt: skip
+                )
             ticks.append((place, step, special))
             place += 1
         place += 0.25
@@ -97,6 +105,7 @@ def breakdown(frame: pd.DataFrame) -> Plot:
             label.set_fontweight("bold")
     axes.set_ylim(place - 0.4, -0.6)
     axes.set_xlim(left=0)
+    thousands(axes.xaxis)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     note = f"; {left_out} steps below {_SMALLEST_CYCLES:.0f} cycles not drawn" if left_out else ""
@@ -146,22 +155,34 @@ def published_totals(frame: pd.DataFrame) -> Plot:
         last = row["mix"]
         after = row["what"] == "after"
         axes.plot(
-            [row["cycles_p05"], row["cycles_p95"]], [place, place], linewidth=5, alpha=0.55,
-            color=BLUE if after else SKY, solid_capstyle="butt",
-        )  # fmt: skip
+            [row["cycles_p05"], row["cycles_p95"]],
+            [place, place],
+            linewidth=5,
+            alpha=0.55,
+            color=BLUE if after else SKY,
+            solid_capstyle="butt",
+        )
         axes.plot(
-            [row["cycles_p50"]], [place], "s" if after else "o", color=BLUE if after else SKY,
+            [row["cycles_p50"]],
+            [place],
+            "s" if after else "o",
+            color=BLUE if after else SKY,
             markeredgecolor="white",
-        )  # fmt: skip
+        )
         axes.plot(
-            [row["published_cycles"]], [place], "x" if not row["inside"] else "P", markersize=9,
-            color=VERMILLION if not row["inside"] else BLACK, markeredgewidth=2 - bool(row["inside"]),
-        )  # fmt: skip
+            [row["published_cycles"]],
+            [place],
+            "x" if not row["inside"] else "P",
+            markersize=9,
+            color=VERMILLION if not row["inside"] else BLACK,
+            markeredgewidth=2 - bool(row["inside"]),
+        )
         places.append(place)
         place += 1
     axes.set_yticks(places, [f"{row['mix']}, KVM {row['kvm']}" for _, row in totals.iterrows()])
     axes.set_ylim(place - 0.4, -0.6)
     axes.set_xlim(left=0)
+    thousands(axes.xaxis)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("TSC cycles per iteration of the loop (simulated: median, 5 to 95 %)")
@@ -177,7 +198,9 @@ def published_totals(frame: pd.DataFrame) -> Plot:
         f"{number(row['published_cycles'])}"
         for _, row in (totals if whole <= 4 else totals[~totals["inside"].astype(bool)]).iterrows()
     ]
-    alt = f"Intervals of simulated cycles per iteration with published totals as crosses. {finding}."
+    alt = (
+        f"Intervals of simulated cycles per iteration with published totals as crosses. {finding}."
+    )
     if said:
         head = "" if whole <= 4 else " Outside:"
         alt += f"{head} {'; '.join(said)}."
@@ -195,11 +218,7 @@ def _finding_of_steps(frame: pd.DataFrame, names: list[str], of_side: list[str])
     parts = []
     for step in HIGHLIGHTED:
         before, after = (number(total.get(step, 0.0)) for total in sums)
-        parts.append(
-            f"{step} stay at about {before} cycles" if before == after and step.endswith("s")
-            else f"{step} stays at about {before} cycles" if before == after
-            else f"{step} from about {before} to {after} cycles"
-        )  # fmt: skip
+        parts.append(f"{step} about {before} cycles before, {after} after")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}"
 
@@ -212,13 +231,16 @@ def _said_step(steps: pd.DataFrame, leg: str, step: str, names: list[str]) -> st
 def _legend_of_steps(figure: object, names: list[str]) -> None:
     from matplotlib.patches import Patch
 
-    pairs = [(name, colours) for name, colours in zip(names, ((SKY, ORANGE), (BLUE, VERMILLION)), strict=True)]  # noqa: E501
+    pairs = [
+        (name, colours)
+        for name, colours in zip(names, ((SKY, ORANGE), (BLUE, VERMILLION)), strict=True)
+    ]  # noqa: E501
     handles = [
         Patch(color=colour, label=f"{name}{what}")
         for name, colours in pairs
         for colour, what in zip(colours, ("", ": steps that the sync changes"), strict=True)
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2)  # type: ignore[attr-defined]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False)  # type: ignore[attr-defined]
 
 
 def _legend_of_totals(figure: object) -> None:
@@ -230,4 +252,4 @@ def _legend_of_totals(figure: object) -> None:
         Line2D([], [], color=BLACK, marker="P", linestyle="", label="published, inside"),
         Line2D([], [], color=VERMILLION, marker="x", linestyle="", label="published, outside"),
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4)  # type: ignore[attr-defined]
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from nvmx_lab.errors import LabError
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 BLACK, GREY = "#000000", "#6B6B6B"
@@ -30,7 +31,9 @@ VERDICTS: Final[Mapping[str, tuple[str, str]]] = {
 WIDTH: Final = 9.6
 """Inches. At the 96 pixels that a browser gives an inch, as wide as a report's page."""
 
-_SHARPNESS = 2  # pixels of the bitmap for one of the page, for screens with fine pixels and for zoom
+_SHARPNESS = (
+    2  # pixels of the bitmap for one of the page, for screens with fine pixels and for zoom
+)
 _PIXELS = 96
 _STYLE: Final[dict[str, Any]] = {
     "axes.axisbelow": True,
@@ -41,7 +44,6 @@ _STYLE: Final[dict[str, Any]] = {
     "font.size": 10,
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.7,
-    "legend.frameon": False,
     "savefig.facecolor": "white",
 }
 
@@ -98,9 +100,7 @@ def png(figure: Figure) -> bytes:
 
     buffer = io.BytesIO()
     with mpl.rc_context(_STYLE):
-        figure.savefig(
-            buffer, format="png", dpi=_SHARPNESS * _PIXELS, metadata={"Software": None}
-        )
+        figure.savefig(buffer, format="png", dpi=_SHARPNESS * _PIXELS, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -117,7 +117,7 @@ def blank(height: float, columns: int = 1, **options: Any) -> tuple[Figure, list
 
 def entitle(figure: Figure, finding: str) -> None:
     """Put the finding above the figure, at its left edge, broken into lines that fit."""
-    lines = textwrap.fill(finding, 88)
+    lines = textwrap.fill(finding, 94)
     figure.suptitle(lines, x=0.008, ha="left", fontsize=13, fontweight="bold")
 
 
@@ -130,6 +130,13 @@ def require(frame: pd.DataFrame, columns: Iterable[str], where: str) -> None:
         )
     if frame.empty:
         raise LabError("the frame has no rows to draw", where=where)
+
+
+def thousands(axis: Axis) -> None:
+    """Write the numbers at an axis as the text does."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
 def number(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from nvmx_lab.errors import LabError
 from nvmx_lab.plots.figure import (
     BLACK,
     BLUE,
@@ -20,6 +21,7 @@ from nvmx_lab.plots.figure import (
     require,
     share,
     span,
+    thousands,
 )
 
 if TYPE_CHECKING:
@@ -30,13 +32,15 @@ _LEGS: Final = ("exit_leg", "round_trip")
 _LEG_NAMES: Final = {"exit_leg": "exit leg", "round_trip": "round trip"}
 _QUANTILES: Final = ("p05", "p50", "p95")
 _SAVINGS: Final = tuple(f"{leg}_saving_cycles_{q}" for leg in _LEGS for q in _QUANTILES)
-_SAID = {
-    "saves": "save",
-    "costs": "lose",
-    "unclear": "unclear",
-    "no difference": "without a difference",
+# Verdict -> what several mixes do, and what one does.
+_SAID: Final = {
+    "saves": ("save", "saves"),
+    "costs": ("lose", "loses"),
+    "unclear": ("are unclear", "is unclear"),
+    "no difference": ("show no difference", "shows no difference"),
 }
 _LISTED_IN_FULL = 6
+_LETTER: Final = 0.85  # width of a small letter, in per cent of the axis from 0 to 100
 
 
 def saving_intervals(frame: pd.DataFrame) -> Plot:
@@ -68,12 +72,19 @@ def saving_intervals(frame: pd.DataFrame) -> Plot:
     for place, row in ordered.iterrows():
         # The two legs side by side within the row: where nothing is pulled they are the same.
         _interval(
-            axes, row, "exit_leg_saving_cycles", float(place) - 0.2, color=SKY, marker="|", width=1.5
+            axes,
+            row,
+            "exit_leg_saving_cycles",
+            float(place) - 0.2,
+            color=SKY,
+            marker="|",
+            width=1.5,
         )
         colour, marker = VERDICTS[row["verdict"]]
         _interval(
             axes, row, "round_trip_saving_cycles", float(place) + 0.15, color=colour, marker=marker
         )
+    thousands(axes.xaxis)
     rows = range(len(ordered))
     axes.set_yticks(rows, ordered["mix"])
     axes.set_ylim(len(ordered) - 0.4, -0.6)
@@ -89,9 +100,17 @@ def saving_intervals(frame: pd.DataFrame) -> Plot:
     pulls.grid(visible=False)
     for side in ("left", "right", "top", "bottom"):
         pulls.spines[side].set_visible(False)
-    pulls.set_ylabel("exits after which L0 pulls", rotation=270, labelpad=16)
+    axes.annotate(
+        "exits\nthat pull",
+        (1, 1),
+        xycoords="axes fraction",
+        xytext=(5, 4),
+        textcoords="offset points",
+        va="bottom",
+        fontsize=9,
+    )
     _legend_of_savings(axes, set(ordered["verdict"]))
-    finding = f"{_tally(ordered)} on the round trip"
+    finding = _tally(ordered)
     if len(ordered) > 1:
         finding += f": from {_extremes(ordered)} cycles per exit"
     entitle(figure, finding)
@@ -121,47 +140,68 @@ def comparison(frame: pd.DataFrame) -> Plot:
     saving = frame[frame["kvm"] == "saving"]
     sides = frame[frame["kvm"] != "saving"].reset_index(drop=True)
     if len(sides) != 2 or len(saving) != 1:
-        require(frame.iloc[:0], (), "comparison")
+        raise LabError(
+            "a comparison is of two L0s",
+            where="kvm",
+            got=", ".join(map(str, frame["kvm"])),
+            allowed="two L0s and their saving",
+        )
     names = [f"KVM {row['kvm']} ({row['sync']})" for _, row in sides.iterrows()]
-    figure, (total, difference) = blank(3.1, 2, width_ratios=[3, 2], sharey=True)
+    figure, (total, difference) = blank(3.6, 2, width_ratios=[3, 2], sharey=True)
     colours = ((SKY, "o"), (BLUE, "s"))
     for leg_place, leg in enumerate(_LEGS):
         for k, (_, row) in enumerate(sides.iterrows()):
             colour, marker = colours[k]
             _interval(
-                total, row, f"{leg}_cycles", leg_place + (k - 0.5) * 0.34, color=colour,
-                marker=marker, width=5, label=names[k] if leg_place == 0 else None,
-            )  # fmt: skip
+                total,
+                row,
+                f"{leg}_cycles",
+                leg_place + (k - 0.5) * 0.34,
+                color=colour,
+                marker=marker,
+                width=5,
+                label=names[k] if leg_place == 0 else None,
+            )
             total.annotate(
                 number(row[f"{leg}_cycles_p50"]),
                 (row[f"{leg}_cycles_p50"], leg_place + (k - 0.5) * 0.34),
-                xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9,
-            )  # fmt: skip
+                xytext=(0, -7 if k else 6),
+                textcoords="offset points",
+                ha="center",
+                va="top" if k else "bottom",
+                fontsize=9,
+            )
         row = saving.iloc[0]
         colour = VERMILLION if row[f"{leg}_cycles_p50"] < 0 else GREEN
         _interval(difference, row, f"{leg}_cycles", leg_place, color=colour, marker="D", width=5)
         difference.annotate(
             number(row[f"{leg}_cycles_p50"]),
             (row[f"{leg}_cycles_p50"], leg_place),
-            xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9,
-        )  # fmt: skip
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
     total.set_yticks(range(len(_LEGS)), [_LEG_NAMES[leg] for leg in _LEGS])
     total.set_ylim(len(_LEGS) - 0.4, -0.6)
     total.set_xlim(left=0)
+    thousands(total.xaxis)
+    thousands(difference.xaxis)
     total.set_xlabel("TSC cycles per nested exit")
-    total.set_title("Cost: most of its uncertainty is common to both", fontsize=10, loc="left")
+    total.set_title("Cost: its uncertainty is mostly common to both", fontsize=10, loc="left")
     difference.axvline(0, color=BLACK, linewidth=1)
     difference.set_xlabel("TSC cycles per nested exit")
     difference.set_title("Saving: first minus second, paired", fontsize=10, loc="left")
     for axes in (total, difference):
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower left", ncols=2)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
     row = saving.iloc[0]
-    finding = (
-        f"KVM {sides['kvm'][1]} against {sides['kvm'][0]}: "
-        + listed(f"{_gained(row[f'{leg}_cycles_p50'])} on the {_LEG_NAMES[leg]}" for leg in _LEGS)
-    )
+    leg, trip = (_gained(row[f"{name}_cycles_p50"]) for name in _LEGS)
+    parts = f"{leg} on the exit leg, {trip} on the round trip"
+    if leg == trip:
+        parts = f"{leg}, on the exit leg as on the round trip"
+    finding = f"KVM {sides['kvm'][1]} against {sides['kvm'][0]}: {parts}"
     entitle(figure, finding)
     said = [
         f"{name}: exit leg {span(side, 'exit_leg_cycles')} cycles, "
@@ -207,8 +247,10 @@ def pull_rate(frame: pd.DataFrame) -> Plot:
         axes.axvspan(100 * even.min(), 100 * even.max(), color=GREEN, linewidth=2, zorder=1)
         axes.annotate(
             f" break-even: {_range(even.min(), even.max())} of the exits",
-            (100 * even.max(), 0.02), xycoords=("data", "axes fraction"), color="#00664B",
-        )  # fmt: skip
+            (100 * even.max(), 0.02),
+            xycoords=("data", "axes fraction"),
+            color="#00664B",
+        )
     for verdict, (colour, marker) in VERDICTS.items():
         some = frame[frame["verdict"] == verdict]
         if some.empty:
@@ -217,18 +259,31 @@ def pull_rate(frame: pd.DataFrame) -> Plot:
         low = middle - some["round_trip_saving_cycles_p05"]
         high = some["round_trip_saving_cycles_p95"] - middle
         axes.errorbar(
-            100 * some["pulls_share"], middle, yerr=[low, high], fmt="none", ecolor=colour,
-            elinewidth=1, alpha=0.35, zorder=2,
-        )  # fmt: skip
+            100 * some["pulls_share"],
+            middle,
+            yerr=[low, high],
+            fmt="none",
+            ecolor=colour,
+            elinewidth=1,
+            alpha=0.35,
+            zorder=2,
+        )
         axes.plot(
-            100 * some["pulls_share"], middle, marker, color=colour, markersize=7,
-            markeredgecolor="white", label=f"{verdict} ({len(some)})", zorder=3,
-        )  # fmt: skip
+            100 * some["pulls_share"],
+            middle,
+            marker,
+            color=colour,
+            markersize=7,
+            markeredgecolor="white",
+            label=f"{verdict} ({len(some)})",
+            zorder=3,
+        )
     axes.set_xlim(-3, 103)
+    thousands(axes.yaxis)
     axes.set_xlabel("nested exits after which L0 pulls the rare fields, %")
     axes.set_ylabel("round-trip saving per nested exit,\nTSC cycles (5 to 95 %)")
-    axes.legend(title="verdict (mixes)", loc="upper right", bbox_to_anchor=(1, 0.99))
-    _label_between(axes, frame)
+    axes.legend(title="verdict (mixes)", loc="upper right", bbox_to_anchor=(1, 0.99), frameon=False)
+    _label_between(axes, frame, float(even.max()) if len(even) else None)
     finding = _finding_of_pulls(frame)
     entitle(figure, finding)
     most, least = _ends(frame, "pulls_share")
@@ -257,13 +312,22 @@ def _interval(
     """Draw one interval as a line, its median as a mark."""
     low, middle, high = (float(row[f"{name}_{q}"]) for q in _QUANTILES)
     axes.plot(
-        [low, high], [place, place], color=color, linewidth=width, alpha=0.55,
+        [low, high],
+        [place, place],
+        color=color,
+        linewidth=width,
+        alpha=0.55,
         solid_capstyle="butt",
-    )  # fmt: skip
+    )
     axes.plot(
-        [middle], [place], marker, color=color, markersize=6,
-        markeredgecolor=color if marker == "|" else "white", label=label,
-    )  # fmt: skip
+        [middle],
+        [place],
+        marker,
+        color=color,
+        markersize=6,
+        markeredgecolor=color if marker == "|" else "white",
+        label=label,
+    )
 
 
 def _legend_of_savings(axes: Axes, verdicts: set[str]) -> None:
@@ -275,12 +339,10 @@ def _legend_of_savings(axes: Axes, verdicts: set[str]) -> None:
             label = f"round trip: {verdict}"
             handles.append(Line2D([], [], color=colour, marker=marker, linewidth=3, label=label))
     figure = axes.figure
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))  # type: ignore[union-attr]
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False)  # type: ignore[union-attr]
 
 
 def _one_row_per_mix(frame: pd.DataFrame) -> None:
-    from nvmx_lab.errors import LabError
-
     twice = sorted(set(frame["mix"][frame["mix"].duplicated()]))
     if twice:
         raise LabError(
@@ -289,18 +351,19 @@ def _one_row_per_mix(frame: pd.DataFrame) -> None:
 
 
 def _tally(frame: pd.DataFrame) -> str:
-    """Say how many mixes have each verdict."""
+    """Say how many mixes have each verdict on the round trip."""
     counts = frame["verdict"].value_counts()
-    parts = [f"{counts[verdict]} {said}" for verdict, said in _SAID.items() if verdict in counts]
-    first, *rest = parts
-    count, _, said = first.partition(" ")
-    if len(counts) == 1:
-        subject = "The mix is" if len(frame) == 1 else f"All {len(frame)} mixes are"
-        verb = {"saves": "saves", "costs": "loses"}.get(str(counts.index[0]))
-        if verb is None:
-            return f"{subject} {said}"
-        return f"The mix {verb}" if len(frame) == 1 else f"All {len(frame)} mixes {said}"
-    return f"Of {len(frame)} mixes, {listed([f'{count} {said}', *rest])}"
+    parts = [
+        (int(counts[verdict]), said[int(counts[verdict] == 1)])
+        for verdict, said in _SAID.items()
+        if verdict in counts
+    ]
+    (count, said), *rest = parts
+    if not rest:
+        subject = "The mix" if len(frame) == 1 else f"All {len(frame)} mixes"
+        return f"{subject} {said} on the round trip"
+    head = f"{count} of {len(frame)} mixes {said} on the round trip"
+    return f"{head}, {listed(f'{some} {verb}' for some, verb in rest)}"
 
 
 def _extremes(frame: pd.DataFrame) -> str:
@@ -334,10 +397,10 @@ def _finding_of_pulls(frame: pd.DataFrame) -> str:
     parts = []
     if below.any():
         kept = int((saving[below] > 0).sum())
-        parts.append(f"{_of(kept, int(below.sum()))} below the break-even pull rate save")
+        parts.append(f"{_of(kept, int(below.sum()), 'save')} below the break-even pull rate")
     if above.any():
         lost = int((saving[above] < 0).sum())
-        parts.append(f"{_of(lost, int(above.sum()))} above it lose")
+        parts.append(f"{_of(lost, int(above.sum()), 'lose')} above it")
     if not parts:
         return "Nothing is ever pulled, so nothing is saved or lost"
     if not below.any():
@@ -346,30 +409,52 @@ def _finding_of_pulls(frame: pd.DataFrame) -> str:
     return f"{text[0].upper()}{text[1:]} (medians)"
 
 
-def _of(some: int, whole: int) -> str:
+def _of(some: int, whole: int, verb: str) -> str:
+    """Say how many of some mixes do what the verb says."""
     if whole == 1:
-        return "the mix" if some else "not the mix"
-    return f"all {whole} mixes" if some == whole else f"{some} of {whole} mixes"
+        return f"the one mix {verb}s" if some else f"the one mix does not {verb}"
+    return f"all {whole} mixes {verb}" if some == whole else f"{some} of {whole} mixes {verb}"
 
 
-def _label_between(axes: Axes, frame: pd.DataFrame) -> None:
-    """Name the mixes that stand apart: those neither at the left edge nor at the right one."""
-    apart = frame[frame["pulls_share"].between(0.03, 0.97)]
-    taken: list[tuple[float, float]] = []
-    for _, row in apart.sort_values("pulls_share").iterrows():
+def _label_between(axes: Axes, frame: pd.DataFrame, even: float | None) -> None:
+    """Name the mixes that stand apart: those neither at the left edge nor at the right one.
+
+    A name that would lie on another makes way, up on the left and down on the right: as the marks
+    descend from left to right, no line to a mark then crosses another.
+    """
+    apart = frame[frame["pulls_share"].between(0.03, 0.985)].sort_values("pulls_share")
+    left, right = apart[apart["pulls_share"] <= 0.7], apart[apart["pulls_share"] > 0.7]
+    low, high = axes.get_ylim()
+    line = (high - low) / 24
+    taken: list[tuple[float, float, float]] = []  # left end, right end, height
+    for _, row in [*left.iloc[::-1].iterrows(), *right.iterrows()]:
         x, y = 100 * row["pulls_share"], row["round_trip_saving_cycles_p50"]
-        low, high = axes.get_ylim()
-        line = (high - low) / 24
-        right = x > 80  # the name goes to the left of the mark, where there is room
+        width = _LETTER * len(row["mix"])
+        leftwards = row["pulls_share"] > 0.7  # there is room on that side
+        start = x - 2 if leftwards else x + 2
+        if even is not None and 100 * even - 16 < x < 100 * even:
+            start = 100 * even + 2  # not across the line of the break-even rate
+        ends = (start - width, start) if leftwards else (start, start + width)
         at = y
-        while any(abs(at - other) < line and abs(x - where) < 24 for where, other in taken):
-            at -= line
-        taken.append((x, at))
+        while any(abs(at - h) < line and ends[0] < b and a < ends[1] for a, b, h in taken):
+            at += -line if leftwards else line
+        taken.append((*ends, at))
         axes.annotate(
-            row["mix"], (x, y), xytext=(x - 2 if right else x + 2, at),
-            ha="right" if right else "left", va="center", fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 4},
-        )  # fmt: skip
+            row["mix"],
+            (x, y),
+            xytext=(start, at),
+            ha="right" if leftwards else "left",
+            va="center",
+            fontsize=9,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GREY,
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 4,
+                "relpos": (1 if leftwards else 0, 0.5),
+            },
+        )
 
 
 def _ends(frame: pd.DataFrame, column: str) -> tuple[Any, Any]:

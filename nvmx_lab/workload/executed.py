@@ -31,6 +31,8 @@ EXITS_COLUMNS = (
 L1_OPS_COLUMNS = ("exit", "seq", "op", "field", "trapped")
 SEGMENTS_COLUMNS = ("exit", "level", "handler", "instructions", "vmptrld", "rare_vmread")
 
+TEXT_COLUMNS = frozenset({"phase", "l2_exit_reason", "op", "level", "handler"})
+
 NOT_A_PATH = ("HLT", "EPT_VIOLATION")
 """L1 exits whose stretch in L0 is no path of KVM: the idle wait of a halted vCPU, and allocation
 and zeroing of memory on a page fault. Their lengths say how long L0 slept or how large a page
@@ -171,8 +173,11 @@ def _parquet(file: Path, columns: Sequence[str]) -> pd.DataFrame:
     missing = [c for c in columns if c not in frame.columns]
     if missing:
         raise LabError("columns are missing", where=file, got=", ".join(missing))
-    for column in frame.select_dtypes("category"):
-        frame[column] = frame[column].astype(str)
+    for column in columns:
+        frame[column] = _checked(frame[column], file)
+    if "exit" in columns and "l2_exit_reason" in columns and frame["exit"].duplicated().any():
+        twice = int(frame.loc[frame["exit"].duplicated(), "exit"].iloc[0])
+        raise LabError("two rows for one exit", where=f"{file}: column exit", got=twice)
     if "field" in columns:
         names = {-1: ""} | {f.encoding: f.name for f in vmcs.catalogue().values()}
         strangers = sorted(set(frame["field"]) - set(names))
@@ -180,6 +185,24 @@ def _parquet(file: Path, columns: Sequence[str]) -> pd.DataFrame:
             raise LabError("unknown field encoding", where=file, got=hex(strangers[0]))
         frame["name"] = frame["field"].map(names)
     return frame
+
+
+def _checked(values: pd.Series[Any], file: Path) -> pd.Series[Any]:
+    """Return a column as text or as whole numbers, whatever type the file keeps them in."""
+    import pandas as pd
+
+    where = f"{file}: column {values.name}"
+    if values.name in TEXT_COLUMNS:
+        if values.isna().any() and values.name != "phase":
+            raise LabError("a value is missing", where=where)
+        return values.astype(object).fillna("").astype(str)
+    try:
+        numbers = pd.to_numeric(values)
+    except (TypeError, ValueError):
+        raise LabError("not a number", where=where, got=str(values.iloc[0])[:40]) from None
+    if numbers.isna().any() or not (numbers == numbers.round()).all():
+        raise LabError("not whole numbers, or some are missing", where=where)
+    return numbers.astype("int64")
 
 
 def _round_trips(

@@ -1,0 +1,124 @@
+"""The automaton is the model: same control states, same counts, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvmx_lab.errors import LabError
+from nvmx_lab.nested.automaton import UNREACHED, Automaton, count, steps
+from nvmx_lab.nested.config import Config
+from nvmx_lab.nested.model import Control, Nvmx, Trace
+from nvmx_lab.nested.ops import Operation, parse
+from nvmx_lab.nested.paths import Access
+from nvmx_lab.nested.primitives import COUNTERS
+from tests.nested import words
+
+
+def compiled(config: Config, dictionary: Iterable[tuple[Operation, ...]]) -> Automaton:
+    dictionary = list(dictionary)
+    alphabet = list(dict.fromkeys(operation for word in dictionary for operation in word))
+    automaton = Automaton(config, alphabet)
+    automaton.visit_words([[alphabet.index(operation) for operation in w] for w in dictionary])
+    return automaton
+
+
+def without_launched(control: Control) -> Control:
+    """The launch state lives in L1's memory, which an automaton does not have.
+
+    A stream's VMLAUNCH and VMRESUME set it themselves, and nothing else looks at it.
+    """
+    return replace(control, launched=True)
+
+
+@settings(max_examples=120)
+@given(words.configs(), words.dictionaries(), st.data())
+def test_walking_the_automaton_is_stepping_the_model(config, dictionary, data):
+    automaton = compiled(config, dictionary)
+    following, count_id, vectors = automaton.next_state, automaton.count_id, automaton.counts
+    model = Nvmx(config)
+    model.start()
+    state = 0
+    assert automaton.states[0] == model.control
+    for word in data.draw(st.lists(st.sampled_from(dictionary), max_size=6)):
+        for operation in word:
+            model.trace = Trace()
+            model.apply(operation)
+            code = automaton.alphabet.index(operation)
+            expected = dict(zip(COUNTERS, count(model.trace), strict=True))
+            got = dict(zip(COUNTERS, vectors[count_id[state, code]], strict=True))
+            assert got == expected, operation
+            state = following[state, code]
+            assert state != UNREACHED
+            assert without_launched(automaton.states[state]) == without_launched(model.control)
+
+
+@settings(max_examples=25)
+@given(words.configs(), words.dictionaries(), st.randoms())
+def test_the_order_of_visits_changes_nothing(config, dictionary, random):
+    one = compiled(config, dictionary)
+    other = Automaton(config, one.alphabet)
+    codes = [[one.alphabet.index(operation) for operation in word] for word in dictionary]
+    random.shuffle(codes)
+    other.visit_words(codes)
+    assert set(one.states) == set(other.states)
+    for state, control in enumerate(one.states):
+        there = other.states.index(control)
+        for code in range(len(one.alphabet)):
+            if one.next_state[state, code] == UNREACHED:
+                assert other.next_state[there, code] == UNREACHED
+                continue
+            after = one.states[one.next_state[state, code]]
+            assert other.states[other.next_state[there, code]] == after
+            np.testing.assert_array_equal(
+                one.counts[one.count_id[state, code]], other.counts[other.count_id[there, code]]
+            )
+
+
+def test_only_what_words_reach_is_visited():
+    automaton = compiled(
+        Config.of("5.3"),
+        [tuple(map(parse, ("EXIT CPUID", "VMREAD GUEST_CS_BASE", "VMRESUME")))],
+    )
+    # L2 runs; after the exit; after the pull. The VMRESUME leads back to the first.
+    assert len(automaton.states) == 3
+    assert (automaton.next_state != UNREACHED).sum() == 3
+    assert (automaton.count_id != UNREACHED).sum() == 3
+
+
+def test_an_empty_alphabet_is_refused():
+    with pytest.raises(LabError, match="at least one operation"):
+        Automaton(Config.of("5.3"), ())
+
+
+def test_steps_tell_first_from_next():
+    """The "next" price is for straight-line code only: same instruction, same function."""
+    trace = Trace(
+        [
+            Access("VMREAD", "GUEST_RIP", "f"),
+            Access("VMREAD", "GUEST_RSP", "f"),
+            Access("VMREAD", "GUEST_CS_BASE", "f_rare"),  # a part of f
+            Access("VMREAD", "GUEST_CR3", "g"),
+            Access("VMWRITE", "GUEST_CR3", "g"),
+            Access("VMPTRLD", "", "g"),
+            Access("VMWRITE", "GUEST_CR3", "g"),
+            Access("VMWRITE", "GUEST_CR4", "g"),
+        ]
+    )
+    assert [primitive for primitive, _ in steps(trace)] == [
+        *("vmread_first", "vmread_next", "vmread_next", "vmread_first"),
+        *("vmwrite_first", "vmptrld", "vmwrite_first", "vmwrite_next"),
+    ]
+
+
+def test_software_is_what_is_left_of_the_retired_instructions():
+    trace = Trace([Access("VMREAD", "GUEST_RIP", "f"), Access("IBPB", "", "f")], instructions=100.0)
+    counts = dict(zip(COUNTERS, count(trace), strict=True))
+    # An IBPB is a WRMSR whose instructions the executed runs (mitigations off) do not hold.
+    assert counts["l0_instructions"] == 99
+    assert counts["retired"] == 100
