@@ -23,6 +23,7 @@ from nvmx_lab.plots.figure import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 HIGHLIGHTED: Final = ("rare fields", "switch of VMCS")
 """The steps that a lazy sync changes: fewer reads of the first for more of the second."""
@@ -53,16 +54,19 @@ def breakdown(frame: pd.DataFrame) -> Plot:
     require(frame, _COLUMNS, "breakdown")
     names = [f"KVM {kvm} ({sync})" for kvm, sync in frame[["kvm", "sync"]].drop_duplicates().values]
     if len(names) != 2:
-        raise LabError("a breakdown shows two L0s", where="kvm and sync", got=len(names), allowed=2)
+        raise LabError(
+            "a breakdown shows two L0s", where="kvm and sync", got=len(names), allowed="2"
+        )
     of_side = [f"KVM {kvm} ({sync})" for kvm, sync in zip(frame["kvm"], frame["sync"], strict=True)]
-    # One line per step, "before" and "after" beside each other; a step that one lacks is zero there.
+    # One line per step, both L0s beside each other; a step that one lacks is zero there.
     steps = (
         frame.assign(side=of_side)
         .pivot(index=["leg", "step"], columns="side", values=list(_COLUMNS[4:]))
         .fillna(0.0)
     )
     middles = steps["cycles_p50"]
-    drawn = middles[middles.max(axis=1) >= _SMALLEST_CYCLES]
+    tallest = middles[names[0]].combine(middles[names[1]], max)
+    drawn = middles[tallest >= _SMALLEST_CYCLES]
     left_out = len(middles) - len(drawn)
     figure, (axes,) = blank(1.7 + 0.36 * len(drawn) + 0.42 * drawn.index.unique("leg").size)
     ticks: list[tuple[float, str, bool]] = []
@@ -80,7 +84,7 @@ def breakdown(frame: pd.DataFrame) -> Plot:
             transform=axes.get_yaxis_transform(),
         )
         place += 0.8
-        of_leg = drawn.loc[leg].max(axis=1).sort_values(ascending=False, kind="stable")
+        of_leg = tallest[drawn.index].loc[leg].sort_values(ascending=False, kind="stable")
         for step in of_leg.index:
             special = step in HIGHLIGHTED
             for k, name in enumerate(names):
@@ -113,7 +117,7 @@ def breakdown(frame: pd.DataFrame) -> Plot:
     _legend_of_steps(figure, names)
     finding = _finding_of_steps(frame, names, of_side)
     entitle(figure, finding)
-    largest = steps.loc[middles.max(axis=1).nlargest(3).index]
+    largest = steps.loc[tallest.nlargest(3).index]
     alt = (
         f"Bars of the cycles of each step of a round trip under {listed(names)}. {finding}. "
         f"Largest: {listed(_said_step(steps, leg, step, names) for leg, step in largest.index)}."
@@ -131,8 +135,8 @@ def published_totals(frame: pd.DataFrame) -> Plot:
     ----------
     frame : DataFrame
         As `nvmx_lab.study.published.against_published` makes; only the rows that are totals
-        (``what`` is "before" or "after") are drawn: mix, what, kvm, cycles_p05, cycles_p50, cycles_p95,
-        published_cycles, inside.
+        (``what`` is "before" or "after") are drawn: mix, what, kvm, cycles_p05, cycles_p50,
+        cycles_p95, published_cycles, inside.
 
     Returns
     -------
@@ -210,40 +214,40 @@ def published_totals(frame: pd.DataFrame) -> Plot:
 def _finding_of_steps(frame: pd.DataFrame, names: list[str], of_side: list[str]) -> str:
     """Say what the highlighted steps cost under either L0."""
     # The only sums here: of medians, for a title that says "about".
-    special = frame[frame["step"].isin(HIGHLIGHTED)]
-    sums = [
-        special.loc[[of_side[i] == name for i in special.index]].groupby("step")["cycles_p50"].sum()
-        for name in names
-    ]
+    special = frame.assign(side=of_side)[frame["step"].isin(HIGHLIGHTED).array]
+    sums = [special[special["side"] == name].groupby("step")["cycles_p50"].sum() for name in names]
     parts = []
     for step in HIGHLIGHTED:
-        before, after = (number(total.get(step, 0.0)) for total in sums)
+        before, after = (
+            number(float(total.reindex([step], fill_value=0.0).iloc[0])) for total in sums
+        )
         parts.append(f"{step} about {before} cycles before, {after} after")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}"
 
 
 def _said_step(steps: pd.DataFrame, leg: str, step: str, names: list[str]) -> str:
-    values = [number(steps.loc[(leg, step), ("cycles_p50", name)]) for name in names]
+    middles = steps["cycles_p50"]
+    values = [number(float(middles[name][leg, step])) for name in names]
     return f"{step} ({leg}) {values[0]} before and {values[1]} after"
 
 
-def _legend_of_steps(figure: object, names: list[str]) -> None:
+def _legend_of_steps(figure: Figure, names: list[str]) -> None:
     from matplotlib.patches import Patch
 
     pairs = [
         (name, colours)
         for name, colours in zip(names, ((SKY, ORANGE), (BLUE, VERMILLION)), strict=True)
-    ]  # noqa: E501
+    ]
     handles = [
         Patch(color=colour, label=f"{name}{what}")
         for name, colours in pairs
         for colour, what in zip(colours, ("", ": steps that the sync changes"), strict=True)
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False)  # type: ignore[attr-defined]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False)
 
 
-def _legend_of_totals(figure: object) -> None:
+def _legend_of_totals(figure: Figure) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -252,4 +256,4 @@ def _legend_of_totals(figure: object) -> None:
         Line2D([], [], color=BLACK, marker="P", linestyle="", label="published, inside"),
         Line2D([], [], color=VERMILLION, marker="x", linestyle="", label="published, outside"),
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False)  # type: ignore[attr-defined]
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False)

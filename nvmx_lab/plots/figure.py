@@ -1,4 +1,4 @@
-"""What all plots share: a figure with its alternative text, the palette, and how numbers are said."""
+"""What all plots share: a figure with its alternative text, the palette, how numbers are said."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHARPNESS = (
     2  # pixels of the bitmap for one of the page, for screens with fine pixels and for zoom
 )
 _PIXELS = 96
-_STYLE: Final[dict[str, Any]] = {
+_STYLE: Final[Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": GREY,
     "axes.grid": True,
@@ -111,6 +111,7 @@ def blank(height: float, columns: int = 1, **options: Any) -> tuple[Figure, list
 
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.08)  # type: ignore[union-attr, call-arg]
         axes = figure.subplots(1, columns, squeeze=False, **options)
     return figure, list(axes[0])
 

@@ -40,7 +40,7 @@ _SAID: Final = {
     "no difference": ("show no difference", "shows no difference"),
 }
 _LISTED_IN_FULL = 6
-_LETTER: Final = 0.85  # width of a small letter, in per cent of the axis from 0 to 100
+_LETTER: Final = 1.0  # width of a small letter, in per cent of the axis from 0 to 100
 
 
 def saving_intervals(frame: pd.DataFrame) -> Plot:
@@ -69,21 +69,19 @@ def saving_intervals(frame: pd.DataFrame) -> Plot:
     ).reset_index(drop=True)
     figure, (axes,) = blank(1.9 + 0.235 * len(ordered))
     axes.axvline(0, color=BLACK, linewidth=1)
-    for place, row in ordered.iterrows():
+    for place, (_, row) in enumerate(ordered.iterrows()):
         # The two legs side by side within the row: where nothing is pulled they are the same.
         _interval(
             axes,
             row,
             "exit_leg_saving_cycles",
-            float(place) - 0.2,
+            place - 0.2,
             color=SKY,
             marker="|",
             width=1.5,
         )
         colour, marker = VERDICTS[row["verdict"]]
-        _interval(
-            axes, row, "round_trip_saving_cycles", float(place) + 0.15, color=colour, marker=marker
-        )
+        _interval(axes, row, "round_trip_saving_cycles", place + 0.15, color=colour, marker=marker)
     thousands(axes.xaxis)
     rows = range(len(ordered))
     axes.set_yticks(rows, ordered["mix"])
@@ -210,7 +208,7 @@ def comparison(frame: pd.DataFrame) -> Plot:
     ]
     alt = " ".join(
         [
-            "Intervals of what a nested exit costs under two L0s, and of the saving.",
+            f"Intervals of what a nested exit costs under two L0s, and of the saving. {finding}.",
             *said,
             f"Saving: exit leg {span(row, 'exit_leg_cycles')} cycles, "
             f"round trip {span(row, 'round_trip_cycles')} cycles.",
@@ -288,9 +286,10 @@ def pull_rate(frame: pd.DataFrame) -> Plot:
     entitle(figure, finding)
     most, least = _ends(frame, "pulls_share")
     alt = (
-        f"Scatter plot of {_mixes(len(frame))}: saving on the round trip against the share of exits "
-        f"that pull. {finding}. {most['mix']} pulls after {share(most['pulls_share'])} of its exits "
-        f"and saves {span(most, 'round_trip_saving_cycles')} cycles; {least['mix']} pulls after "
+        f"Scatter plot of {_mixes(len(frame))}: saving on the round trip against the share of "
+        f"exits that pull. {finding}. {most['mix']} pulls after {share(most['pulls_share'])} of "
+        f"its exits and saves {span(most, 'round_trip_saving_cycles')} cycles; "
+        f"{least['mix']} pulls after "
         f"{share(least['pulls_share'])} and saves {span(least, 'round_trip_saving_cycles')}."
     )
     if len(even):
@@ -339,7 +338,7 @@ def _legend_of_savings(axes: Axes, verdicts: set[str]) -> None:
             label = f"round trip: {verdict}"
             handles.append(Line2D([], [], color=colour, marker=marker, linewidth=3, label=label))
     figure = axes.figure
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False)  # type: ignore[union-attr]
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False)
 
 
 def _one_row_per_mix(frame: pd.DataFrame) -> None:
@@ -380,8 +379,8 @@ def _alt_of_savings(ordered: pd.DataFrame) -> str:
     shown = ordered if len(ordered) <= _LISTED_IN_FULL else ordered.iloc[[0, -1]]
     for _, row in shown.iterrows():
         text += (
-            f" {row['mix']} ({row['verdict']}; pulls after {share(row['pulls_share'])} of the exits): "
-            f"round trip {span(row, 'round_trip_saving_cycles')} cycles, "
+            f" {row['mix']} ({row['verdict']}; pulls after {share(row['pulls_share'])} of the "
+            f"exits): round trip {span(row, 'round_trip_saving_cycles')} cycles, "
             f"exit leg {span(row, 'exit_leg_saving_cycles')}."
         )
     if len(shown) < len(ordered):
@@ -425,14 +424,14 @@ def _label_between(axes: Axes, frame: pd.DataFrame, even: float | None) -> None:
     apart = frame[frame["pulls_share"].between(0.03, 0.985)].sort_values("pulls_share")
     left, right = apart[apart["pulls_share"] <= 0.7], apart[apart["pulls_share"] > 0.7]
     low, high = axes.get_ylim()
-    line = (high - low) / 24
+    line = (high - low) / 23
     taken: list[tuple[float, float, float]] = []  # left end, right end, height
     for _, row in [*left.iloc[::-1].iterrows(), *right.iterrows()]:
         x, y = 100 * row["pulls_share"], row["round_trip_saving_cycles_p50"]
         width = _LETTER * len(row["mix"])
         leftwards = row["pulls_share"] > 0.7  # there is room on that side
         start = x - 2 if leftwards else x + 2
-        if even is not None and 100 * even - 16 < x < 100 * even:
+        if even is not None and 100 * even - 20 < x < 100 * even:
             start = 100 * even + 2  # not across the line of the break-even rate
         ends = (start - width, start) if leftwards else (start, start + width)
         at = y

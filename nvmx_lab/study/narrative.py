@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nvmx_lab.costs import prices
 from nvmx_lab.nested.primitives import INFORMATION, PRIMITIVES
 from nvmx_lab.study import published
-from nvmx_lab.study.compare import Comparison
+from nvmx_lab.study.compare import NO_DIFFERENCE_CYCLES, Comparison
 from nvmx_lab.study.sweep import sweep
 from nvmx_lab.workload import mixes as workload
 
@@ -29,8 +29,8 @@ _WHY = {
     _NO_PULLS: "L1 reads an enlightened VMCS straight from memory: L0 copies every field before L1 "
     "runs, whatever the policy.",
     _BELOW: "Most exits skip the rare fields and never come back for them.",
-    _ABOVE: "L1 comes back for a rare field, or dirties vmcs12, so often that the switches of VMCS cost "
-    "more than the reads that are skipped.",
+    _ABOVE: "L1 comes back for a rare field, or dirties vmcs12, so often that the switches of VMCS "
+    "cost more than the reads that are skipped.",
 }
 
 
@@ -67,7 +67,7 @@ def savings(comparison: Comparison) -> pd.DataFrame:
 
 
 def counts(comparison: Comparison) -> pd.DataFrame:
-    """Return how often each priced thing happens per exit, before and after; what never does is left out.
+    """Return how often each priced thing happens per exit, without those that never do.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def prediction(mix: str, *, kvm: tuple[str, str], cpu: str, exits: int, seed: in
     Returns
     -------
     DataFrame
-        Index says what; columns basis ("simulated", "published"), p05, p50, p95 (cycles per exit), and
+        Index says what; columns basis ("simulated", "published"), p05, p50, p95 (cycles per exit),
         "fitted to the claim" (whether a price is).
     """
     import pandas as pd
@@ -146,13 +146,13 @@ def of_pulls(comparison: Comparison) -> str:
     even, after = comparison.break_even_pull_rate, comparison.results[1]
     if even is None:
         return (
-            f"{badge('simulated')} On this mix nothing is left to pull: L1 reads an enlightened VMCS "
-            f"straight from memory, so L0 copies all {after.rare_vmreads_per_exit:.0f} rare fields "
-            "within the exit leg."
+            f"{badge('simulated')} On this mix nothing is left to pull: L1 reads an enlightened "
+            f"VMCS straight from memory, so L0 copies all {after.rare_vmreads_per_exit:.0f} rare "
+            "fields within the exit leg."
         )
     return (
-        f"{badge('simulated')} L0 pulls after **{_share(after.pulls_share)}** of the exits of this mix. "
-        f"A lazy sync breaks even at **{_share(even['p50'])}** "
+        f"{badge('simulated')} L0 pulls after **{_share(after.pulls_share)}** of the exits of "
+        f"this mix. A lazy sync breaks even at **{_share(even['p50'])}** "
         f"(90 % interval {_share(even['p05'])} to {_share(even['p95'])}): that is what the skipped "
         "reads are worth, divided by what a pull costs."
     )
@@ -177,13 +177,14 @@ def of_published(frame: pd.DataFrame) -> str:
     text += f" The simulated medians are {span} times the published totals."
     if high > 1.1:
         text += (
-            " Where the simulation is above, fewer cycles per instruction of software than the median "
-            "assumed would close the gap."
+            " Where the simulation is above, L0's software takes fewer instructions, or fewer "
+            "cycles each, than the median assumed."
         )
     if low < 0.9:
         text += (
-            " Where it is below, the loop does something that the simulated round trip leaves out, "
-            "such as the time in L1's user space."
+            " Where it is below, the loop does more than the simulated round trip: an exit to "
+            "L1's user space takes as many instructions here as in the executed runs, whose user "
+            "space is not the published loops'."
         )
     return text
 
@@ -229,8 +230,8 @@ def answer(comparison: Comparison, predicted: pd.DataFrame, totals: pd.DataFrame
         f"Why: {comparison.explanation}",
         "",
         f"- {badge('simulated')} How often L0 executes each instruction: a model that is held to "
-        "executed logs of KVM, exit by exit. Cycles are these counts times a price list; nothing here "
-        "was timed.",
+        "executed logs of KVM, exit by exit. Cycles are these counts times a price list; nothing "
+        "here was timed.",
     ]
     if (first.sync, second.sync) == (
         "eager",
@@ -242,8 +243,8 @@ def answer(comparison: Comparison, predicted: pd.DataFrame, totals: pd.DataFrame
         lines.append(
             f"- {badge('published')} About {claim:.0f} cycles per nested exit ({source}). "
             + (
-                f"The prices of {comparison.cpu} are fitted to that number, so it is reproduced, not "
-                "predicted. "
+                f"The prices of {comparison.cpu} are fitted to that number, so it is reproduced, "
+                "not predicted. "
                 if rests
                 else f"No price of {comparison.cpu} is fitted to it. "
             )
@@ -279,8 +280,8 @@ def savings_of_all(frame: pd.DataFrame, cpu: str) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index mix; basis, exits that pull, rare VMREADs saved, exit leg, round trip, round trip by the
-        blind prices (median), verdict.
+        Index mix; basis, exits that pull, rare VMREADs saved, exit leg, round trip, round trip by
+        the blind prices (median), verdict.
     """
     import pandas as pd
 
@@ -317,8 +318,8 @@ def groups(frame: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index group; mixes (how many), exits that pull, round trip (range of the medians, cycles), why,
-        which.
+        Index group; mixes (how many), exits that pull, round trip (range of the medians, cycles),
+        why, which.
     """
     import pandas as pd
 
@@ -363,8 +364,8 @@ def answer_for_all(frame: pd.DataFrame, cpu: str) -> str:
             continue
         middles = some["round_trip_saving_cycles_p50"]
         lines.append(
-            f"- {_count(len(some))} whose L0 {name}: {_range(middles, _number)} cycles in the median. "
-            f"{_WHY[name]}"
+            f"- {_count(len(some))} whose L0 {name}: {_range(middles, _number)} cycles in the "
+            f"median. {_WHY[name]}"
         )
     both = own.set_index("mix")["verdict"].to_frame("own").join(blind.set_index("mix")["verdict"])
     changed = both[both["own"] != both["verdict"]]
@@ -389,14 +390,14 @@ def answer_for_all(frame: pd.DataFrame, cpu: str) -> str:
     runs = published.executed_pulls().set_index("run")["pulls_share"]
     lines += [
         "",
-        f"{badge('executed')} In logged runs of KVM 6.1, a Linux L2 booting under an L1 with kernel-stack "
-        f"randomization (the default of many distributions) made L0 pull after "
+        f"{badge('executed')} In logged runs of KVM 6.1, a Linux L2 booting under an L1 with "
+        f"kernel-stack randomization (the default of many distributions) made L0 pull after "
         f"{_share(runs['kvm61_lazy_linux_l2'])} of the exits; the same micro-guest pulled after "
         f"{_share(runs['kvm61_lazy_shadow'])} with the randomization and "
         f"{_share(runs['kvm61_lazy_shadow_nokstack'])} without.",
         "",
-        f"{badge('assumed')} VMPTRLD and VMCLEAR have no published price. Where the break-even rate lies, "
-        "and so what a mix between the two groups does, hangs on them most.",
+        f"{badge('assumed')} VMPTRLD, of which a pull has two, has no published price: the "
+        "break-even rate, and what a mix near it does, rest on an assumption.",
     ]
     return "\n".join(lines)
 
@@ -412,8 +413,8 @@ def by_leg(frame: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index leg, in order, and "all"; before and after: VMX and MSR instructions per exit, cycles (sum
-        of the steps' medians), and their share in per cent.
+        Index leg, in order, and "all"; before and after: VMX and MSR instructions per exit, cycles
+        (sum of the steps' medians), and their share in per cent.
     """
     return _parts(frame, "leg", list(frame["leg"].unique()), "part of the round trip")
 
@@ -451,8 +452,9 @@ def _parts(frame: pd.DataFrame, column: str, order: list[str], name: str) -> pd.
         )
         sums.loc["all"] = sums.sum()
         shown[f"VMX and MSR instructions {when}"] = sums["instructions"]
-        shown[f"cycles {when}"] = sums["cycles_p50"].map(_number)
-        shown[f"% of cycles {when}"] = 100 * sums["cycles_p50"] / sums.loc["all", "cycles_p50"]
+        cycles = sums["cycles_p50"]
+        shown[f"cycles {when}"] = cycles.map(_number)
+        shown[f"% of cycles {when}"] = 100 * cycles / cycles.iloc[-1]
     table = pd.DataFrame(shown)
     table.index.name = name
     return table
@@ -466,23 +468,23 @@ def answer_for_cycles(frame: pd.DataFrame, totals: pd.DataFrame) -> str:
     top = _listed(f"{step} {_share(c / whole)}" for step, c in steps.head(3).items())
     rare, rare_after = (side[side["step"] == "rare fields"] for side in (first, second))
     lines = [
-        f"**Under {before} the rare fields are {_share(rare['cycles_p50'].sum() / whole)} of a round "
-        f"trip: about {_number(rare['cycles_p50'].sum())} of {_number(whole)} cycles, "
+        f"**Under {before} the rare fields are {_share(rare['cycles_p50'].sum() / whole)} of a "
+        f"round trip: about {_number(rare['cycles_p50'].sum())} of {_number(whole)} cycles, "
         f"{rare['instructions'].sum():.1f} VMREADs.** The largest steps: {top}.",
         "",
-        f"Under {after} about {_number(rare_after['cycles_p50'].sum())} cycles go to the rare fields "
-        f"({rare_after['instructions'].sum():.1f} VMREADs)"
+        f"Under {after} about {_number(rare_after['cycles_p50'].sum())} cycles go to the rare "
+        f"fields ({rare_after['instructions'].sum():.1f} VMREADs)"
         + _where(rare_after)
-        + f", and switches of VMCS take about {_number(_of(second, 'switch of VMCS'))} cycles instead of "
-        f"{_number(_of(first, 'switch of VMCS'))}.",
+        + f", and switches of VMCS take about {_number(_of(second, 'switch of VMCS'))} cycles "
+        f"instead of {_number(_of(first, 'switch of VMCS'))}.",
         "",
         f"- {badge('simulated')} Instructions by step: the model's own trace, in the order and the "
         "functions in which KVM runs them.",
         f"- {badge('assumed')} Software between the VMX instructions is "
-        f"{_share(_software(first) / whole)} of the cycles: counted instructions times 0.5 to 1.5 cycles "
-        f"each, which nobody has measured. It differs by about "
-        f"{_number(abs(_software(first) - _software(second)))} cycles between the two, so it widens the "
-        "totals much more than the saving.",
+        f"{_share(_software(first) / whole)} of the cycles: counted instructions times 0.5 to 1.5 "
+        f"cycles each, which nobody has measured. It differs by about "
+        f"{_number(abs(_software(first) - _software(second)))} cycles between the two, so it "
+        "widens the totals much more than the saving.",
         f"- {of_published(totals)}",
     ]
     return "\n".join(lines)
@@ -510,7 +512,7 @@ def _where(rare: pd.DataFrame) -> str:
 
 
 def _group_of(frame: pd.DataFrame) -> pd.Series:
-    """Return the group of each mix: by whether anything is pulled, and on which side of break-even."""
+    """Return the group of each mix: whether anything is pulled, and how often."""
     even = frame["break_even_pull_rate_p50"].astype(float)
     group = frame["pulls_share"].lt(even).map({True: _BELOW, False: _ABOVE})
     return group.mask(even.isna(), _NO_PULLS).rename("group")
@@ -548,9 +550,12 @@ def _words(values: Mapping[str, Any] | pd.Series) -> str:
 
 def _change(saving: Mapping[str, float]) -> str:
     """Say a saving as cycles less, a loss as cycles more."""
+    if max(abs(value) for value in saving.values()) < NO_DIFFERENCE_CYCLES:
+        return "as long"
     if saving["p50"] >= 0:
         return f"{_words(saving)} cycles less"
-    return f"{_words({'p05': -saving['p95'], 'p50': -saving['p50'], 'p95': -saving['p05']})} cycles more"
+    lost = {"p05": -saving["p95"], "p50": -saving["p50"], "p95": -saving["p05"]}
+    return f"{_words(lost)} cycles more"
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:

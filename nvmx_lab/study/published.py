@@ -60,9 +60,9 @@ def against_published(
     """
     import pandas as pd
 
-    one = isinstance(mixes, str | Path | Mix)
+    chosen: Sequence[str | Path | Mix] = [mixes] if isinstance(mixes, str | Path | Mix) else mixes
     rows = []
-    for name in [mixes] if one else mixes:  # type: ignore[list-item, union-attr]
+    for name in chosen:
         mix = name if isinstance(name, Mix) else workload.load(name)
         if mix.published is not None:
             rows += _rows(mix, cpu, exits, seed, draws)
@@ -121,9 +121,9 @@ def executed_pulls() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        run, l1, l2 (text of the run's file), exits, pulls_share (share of the exits between which and
-        the next entry L0 read rare fields); lazy runs without an enlightened VMCS only, most pulls
-        first.
+        run, l1, l2 (text of the run's file), exits, pulls_share (share of the exits between which
+        and the next entry L0 read rare fields); lazy runs without an enlightened VMCS only,
+        most pulls first.
     """
     import tomllib
 

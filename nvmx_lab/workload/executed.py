@@ -209,10 +209,10 @@ def _round_trips(
     exits: pd.DataFrame, operations: pd.DataFrame, evmcs: bool
 ) -> Iterator[tuple[Operation, ...]]:
     """Yield the operations of each reflected exit, annotated."""
-    groups = {
-        number: list(zip(group["op"], group["name"], strict=True))
-        for number, group in operations.groupby("exit")
-    }
+    pairs = list(zip(operations["op"], operations["name"], strict=True))
+    groups: dict[int, list[tuple[str, str]]] = {}
+    for number, pair in zip(operations["exit"].tolist(), pairs, strict=True):
+        groups.setdefault(number, []).append(pair)
     reasons = list(exits["l2_exit_reason"])
     phases = list(exits["phase"])
     legacy = _starts_legacy(exits, operations)

@@ -1,63 +1,92 @@
 """The engine as the benchmarks see it. This file is the one place that knows its interface.
 
-`problem` makes a stream and automata; `prepare` gets everything ready that is not to be timed and
-returns the run that is.
+`problem` makes a stream and automata; `Problem.run` is what is timed, with and without drawing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-NAME = "stand-in for the engine (the plain loop in numba)"
+from nvmx_lab.engine import run as engine
+from nvmx_lab.nested.automaton import Automaton
+from nvmx_lab.study.simulate import config_of
+from nvmx_lab.workload import mixes
+from nvmx_lab.workload.streams import Stream
 
-ALPHABET, STATES, WORDS, LETTERS = 128, 16, 64, (12, 80)
-
-
-class Problem(NamedTuple):
-    """A stream and the automata that walk it, all from state 0."""
-
-    codes: npt.NDArray[np.uint16]
-    """The stream: letters, uint16[n]."""
-    next_rows: list[npt.NDArray[np.int32]]
-    """For each automaton, int32[states * alphabet]: the next state's number times the alphabet."""
+RELEASES = ("5.2+patch13", "5.2", "5.3", "6.1")
 
 
-def problem(operations: int, automata: int) -> Problem:
-    """Draw round trips (words) up to `operations` letters; few states, as in the model."""
-    rng = np.random.default_rng(np.random.SeedSequence([13, automata]))
-    words = [
-        rng.integers(ALPHABET, size=rng.integers(*LETTERS), dtype=np.uint16) for _ in range(WORDS)
-    ]
-    drawn = rng.integers(WORDS, size=operations // LETTERS[0] + 1)
-    codes = np.concatenate([words[i] for i in drawn])[:operations]
-    next_rows = [
-        (rng.integers(STATES, size=STATES * ALPHABET) * ALPHABET).astype(np.int32)
-        for _ in range(automata)
-    ]
-    return Problem(codes, next_rows)
+@dataclass
+class Drawn:
+    """A stream that was drawn beforehand: what the loops cost without drawing."""
+
+    chunks: list[npt.NDArray[np.int32]]
+
+    @property
+    def exits(self) -> int:
+        """Words in the sequence."""
+        return sum(chunk.size for chunk in self.chunks)
+
+    def sequence(self, chunk: int = 0) -> Iterator[npt.NDArray[np.int32]]:
+        """Yield the chunks as they were drawn."""
+        yield from self.chunks
 
 
-def prepare(given: Problem) -> Callable[[], list[npt.NDArray[np.int64]]]:
-    """Return a run: it gives, for each automaton, how often each (state, letter) was taken."""
+@dataclass
+class Problem:
+    """A stream and the automata that walk it.
 
-    def run() -> list[npt.NDArray[np.int64]]:
-        visits = [np.zeros(table.size, np.int64) for table in given.next_rows]
-        for table, counted in zip(given.next_rows, visits, strict=True):
-            _walk(given.codes, table, counted)
-        return visits
+    Attributes
+    ----------
+    stream : Stream
+        As a comparison draws it.
+    drawn : Drawn
+        The same words, in memory.
+    automata, lifted : list
+        One per release.
+    """
 
-    return run
+    stream: Stream
+    drawn: Drawn
+    automata: list[Automaton]
+    lifted: list[engine.Lifted]
+
+    @property
+    def operations(self) -> int:
+        """Operations in the stream."""
+        words = np.bincount(self.stream.ids(), minlength=len(self.stream.words))
+        return int(words @ self.stream.words.lengths)
+
+    def run(self, *, draw: bool) -> list[npt.NDArray[np.int64]]:
+        """Count the visits of each automaton."""
+        return engine.visits(self.stream if draw else self.drawn, self.lifted)
+
+    def codes(self) -> npt.NDArray[np.uint16]:
+        """Return the stream operation by operation, uint16[operations]."""
+        words = self.stream.words
+        return np.concatenate([words[word] for word in self.stream.ids()])
+
+    def operation_rows(self) -> list[npt.NDArray[np.int32]]:
+        """Return for each automaton the next row of each (state, operation), flat."""
+        width = np.int32(len(self.stream.alphabet))
+        return [np.maximum(a.next_state, 0).ravel() * width for a in self.automata]
 
 
-@numba.njit
-def _walk(codes, next_row, visits):
-    row = np.uint64(0)  # unsigned: a signed index would be tested for wrapping round
-    for code in codes:
-        here = row + np.uint64(code)
-        visits[here] += 1
-        row = np.uint64(next_row[here])
+def problem(mix: str, exits: int, automata: int) -> Problem:
+    """Draw a mix and compile L0s for it."""
+    chosen = mixes.load(mix)
+    stream = chosen.stream(exits, 1)
+    compiled = [Automaton(config_of(chosen, kvm), stream.alphabet) for kvm in RELEASES[:automata]]
+    for automaton in compiled:
+        automaton.visit_words([stream.words[w].tolist() for w in range(len(stream.words))])
+    words = stream.words
+    return Problem(
+        stream,
+        Drawn([chunk.copy() for chunk in stream.sequence()]),
+        compiled,
+        [engine.lift(automaton, words.offsets, words.codes) for automaton in compiled],
+    )

@@ -11,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
+
+from nvmx_lab.engine import compiled
 
 TESTS = ("tests/engine/test_kernels.py", "tests/engine/test_run.py")
 
@@ -25,8 +28,6 @@ walk(np.zeros(2, np.int32), np.zeros(2, np.int32), np.array([0, 1, 1], np.int32)
 assert visits.sum(axis=0).tolist() == [1, 2]
 stats = getattr(walk, "stats", None)
 print(cache_folder(), sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
-import numba
-print("elsewhere:", repr(numba.config.CACHE_DIR))
 """
 
 
@@ -96,31 +97,22 @@ def copy_of_package(project, tmp_path) -> Path:
 
 def test_an_edited_kernel_uses_another_folder(copy_of_package, tmp_path):
     cache = tmp_path / "cache"
-    first = folder_and_hits(run(["-c", RUN_KERNEL], copy_of_package, cache))
-    again = folder_and_hits(run(["-c", RUN_KERNEL], copy_of_package, cache))
+    first = folder_and_hits(run(["-B", "-c", RUN_KERNEL], copy_of_package, cache))
+    again = folder_and_hits(run(["-B", "-c", RUN_KERNEL], copy_of_package, cache))
     assert first[1:] == (0, 1)
     assert again == (first[0], 1, 0), "the second process finds the first one's code"
 
     source = copy_of_package / "nvmx_lab" / "engine" / "kernels.py"
     stamp, text = source.stat(), source.read_text()
-    # Same size, same time: what fools a cache that looks at those.
+    # Same size, same time: what fools a cache that looks at those (Python's own too: hence -B).
     changed = text.replace("visits[0, here] += 1", "visits[0, here] += 2")
     assert changed != text
     source.write_text(changed)
     os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    shutil.rmtree(source.parent / "__pycache__")  # Python's own cache looks at those
     done = run(["-B", "-c", RUN_KERNEL.replace("[1, 2]", "[2, 4]")], copy_of_package, cache)
     folder, hits, misses = folder_and_hits(done)
     assert folder != first[0]
     assert hits + misses == 1
-
-
-def test_bounds_checked_code_has_a_folder_of_its_own(project, tmp_path):
-    plain = folder_and_hits(run(["-c", RUN_KERNEL], project, tmp_path / "cache"))
-    checked = run(["-c", RUN_KERNEL], project, tmp_path / "cache", NUMBA_BOUNDSCHECK="1")
-    folder, hits, _ = folder_and_hits(checked)
-    assert folder != plain[0]
-    assert hits == 0
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(project, tmp_path):
@@ -130,15 +122,44 @@ def test_a_cache_that_cannot_be_written_is_done_without(project, tmp_path):
     assert folder_and_hits(done)[0] == "None"
 
 
-def test_no_home_folder(project):
-    done = run(["-c", RUN_KERNEL], project, "", HOME="/dev/null/none")
-    assert folder_and_hits(done)[0] == "None"
+@pytest.fixture
+def nothing_set(monkeypatch, tmp_path):
+    """Set nothing that says where code is kept but a home folder."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def test_numba_cache_dir_is_respected_and_left_alone(project, tmp_path):
-    mine = tmp_path / "mine"
-    done = run(["-c", RUN_KERNEL], project, tmp_path / "other", NUMBA_CACHE_DIR=str(mine))
-    folder, _, _ = folder_and_hits(done)
-    assert Path(folder).is_relative_to(mine)
-    assert done.stdout.splitlines()[1] == f"elsewhere: {str(mine)!r}"
-    assert not (tmp_path / "other").exists()
+def test_folders_in_order(nothing_set, monkeypatch, tmp_path):
+    key = compiled.cache_folder().name
+    assert compiled.cache_folder() == tmp_path / ".cache" / "nvmx_lab" / key
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert compiled.cache_folder() == tmp_path / ".cache" / "nvmx_lab" / key
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert compiled.cache_folder() == tmp_path / "xdg" / "nvmx_lab" / key
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "numba"))
+    assert compiled.cache_folder() == tmp_path / "numba" / "nvmx_lab" / key
+
+
+def test_no_home_folder(nothing_set, monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null/none")
+    assert compiled.cache_folder() is None
+
+
+def test_bounds_checked_code_has_a_folder_of_its_own(nothing_set, monkeypatch):
+    monkeypatch.setattr(numba.config, "BOUNDSCHECK", None)
+    plain = compiled.cache_folder()
+    monkeypatch.setattr(numba.config, "BOUNDSCHECK", 1)
+    assert compiled.cache_folder() != plain
+
+
+def test_the_user_s_own_numba_code_is_left_alone(nothing_set, monkeypatch, tmp_path):
+    mine = str(tmp_path / "mine")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", mine)
+    function = compiled.kernel.__wrapped__("states_before")
+    assert mine == numba.config.CACHE_DIR
+    assert Path(function._cache.cache_path).parent == compiled.cache_folder()
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.setenv("HOME", "/dev/null/none")
+    compiled.kernel.__wrapped__("states_before")
+    assert numba.config.CACHE_DIR == ""

@@ -16,7 +16,7 @@ from nvmx_lab.study.validate import (
     validate,
 )
 from nvmx_lab.workload import executed
-from tests.study import runs
+from tests.study import golden, runs
 
 RUNS = (
     *("kvm61_eager_shadow", "kvm61_lazy_evmcs", "kvm61_lazy_linux_l2", "kvm61_lazy_shadow"),
@@ -74,6 +74,11 @@ def test_the_share_left_out_is_small_where_l2_does_not_idle(results):
         assert results[run].instructions_not_compared < 0.01
     for run in LARGE:
         assert 0 < results[run].instructions_not_compared < 0.8
+
+
+def test_the_model_counts_the_golden_numbers(results):
+    lines = golden.seen("executed runs, model", golden.runs(list(results.values())))
+    assert not lines, "python -m tests.study.golden --update, if meant:\n" + "\n".join(lines[:40])
 
 
 # -- runs that nobody has seen --------------------

@@ -1,0 +1,237 @@
+"""The notebooks as they are in the tree: tidy, checked, and what they say when run."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import nbformat
+import papermill
+import pytest
+
+from nvmx_lab import notebook_parameters
+from nvmx_lab.reports import html, inputs, kernel, result, summary
+from nvmx_lab.study import narrative, published
+
+NAMES = tuple(notebook_parameters.NOTEBOOKS)
+ONE, ALL, CYCLES = NAMES
+STEADY, PULLING, ENLIGHTENED = "cpuid", "pio-user-kstack", "kvm-evmcs"
+
+
+def read(name):
+    return nbformat.read(inputs.notebooks_folder() / f"{name}.ipynb", as_version=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_of_the_class(name):
+    notebook_parameters.check_notebook(inputs.notebooks_folder() / f"{name}.ipynb")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_without_outputs_and_with_stable_ids(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", cell.id)
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_asks_first_and_answers_last(name):
+    cells = read(name).cells
+    assert cells[0].cell_type == "markdown"
+    assert cells[0].source.startswith("# ")
+    assert "?" in cells[0].source
+    headings = [
+        line for cell in cells if cell.cell_type == "markdown" for line in cell.source.split("\n")
+    ]
+    assert sum(line.startswith("# ") for line in headings) == 1
+    assert cells[-2].source == "## Answer"
+    assert "narrative.answer" in cells[-1].source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_are_short_and_define_nothing(name):
+    code = [cell for cell in read(name).cells if cell.cell_type == "code"]
+    assert "parameters" in code[0].metadata.tags
+    assert f'nx.parameters("{name}"' in code[1].source
+    for cell in code:
+        assert len(cell.source.splitlines()) <= 10
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(
+                node,
+                ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda | ast.For,
+            )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a function that runs a notebook through papermill, each with its parameters once."""
+    done = {}
+
+    def ran(name, **parameters):
+        key = (name, repr(parameters))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("run")
+            kernel.prepare_process(folder)
+            done[key] = papermill.execute_notebook(
+                read(name),
+                None,
+                parameters={"exits": 300, **parameters},
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                kernel_manager_class=kernel.InterpreterKernelManager,
+                resources={"metadata": {"path": str(folder)}},
+            )
+        return done[key]
+
+    yield ran
+    kernel.kill_all()
+
+
+def page_of(notebook, name):
+    return html.render(notebook, html.Page(name, {"exits": 300}, {}))
+
+
+def text_of(notebook):
+    """Return all Markdown that the cells displayed."""
+    shown = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            shown.append("".join(output.get("data", {}).get("text/markdown", "")))
+    return "\n".join(shown).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def alts(notebook):
+    return [
+        output.metadata["image/png"]["alt"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", [STEADY, PULLING, ENLIGHTENED])
+def test_one_mix(run, page_of_notebook, mix):
+    notebook = run(ONE, mix=mix)
+    (row,) = summary.rows(result.published(notebook)["summary"])
+    assert row.mix == mix
+    page_of_notebook(notebook, ONE)
+    said = text_of(notebook)
+    (alt,) = alts(notebook)
+    low, middle, high = (plot_number(value) for value in row.round_trip)
+    assert f"round trip {middle} (90 % interval {low} to {high}) cycles" in alt
+    if mix == STEADY:
+        assert row.verdict == "saves"
+        assert f"**It saves.** On `{mix}`" in said
+        assert f"takes {middle} (90 % interval {low} to {high}) cycles less" in said
+        assert "so it is reproduced, not predicted" in said
+        assert "published totals and" in said
+    elif mix == PULLING:
+        assert row.verdict == "costs"
+        assert "**It costs.**" in said
+        gain = (plot_number(-value) for value in (row.round_trip[1], *row.round_trip[::-2]))
+        assert "takes {} (90 % interval {} to {}) cycles more".format(*gain) in said
+        assert "`vmptrld`" in said
+        assert "No total is published" in said
+    else:
+        assert row.verdict == "no difference"
+        assert "takes as long" in said
+        assert "nothing is left to pull" in said
+
+
+def plot_number(value):
+    return f"{value:,.0f}".replace("-0", "0").replace("-", "−")
+
+
+@pytest.fixture
+def page_of_notebook():
+    def checked(notebook, name):
+        page = page_of(notebook, name)
+        assert page.count("<h1>") == 1
+        assert "Traceback" not in page
+        assert 'class="messages"' not in page
+        assert "<figcaption>" in page or "<img" in page
+        return page
+
+    return checked
+
+
+@pytest.mark.slow
+def test_all_mixes(run, page_of_notebook):
+    chosen = [STEADY, PULLING, ENLIGHTENED]
+    notebook = run(ALL, mixes=chosen)
+    page_of_notebook(notebook, ALL)
+    said = text_of(notebook)
+    assert "Of 3 mixes, the change clearly saves on 1, clearly costs on 1" in said
+    assert "44.2 %" in said
+    first, second, third = alts(notebook)
+    for mix in chosen:
+        assert mix in first
+    assert "break-even" in second
+    assert "published" in third
+
+
+@pytest.mark.slow
+def test_breakdown(run, page_of_notebook):
+    for mix in (STEADY, PULLING, ENLIGHTENED):
+        notebook = run(CYCLES, mix=mix)
+        page_of_notebook(notebook, CYCLES)
+        assert "the rare fields are" in text_of(notebook)
+        assert "software of L0 (VMRESUME to L2)" in alts(notebook)[0]
+    assert "switch of VMCS about" in alts(run(CYCLES, mix=PULLING))[0]
+
+
+@pytest.mark.slow
+def test_another_pair_of_releases_and_blind_prices(run, page_of_notebook):
+    given = {"kvm_before": "5.3", "kvm_after": "6.1", "cpu": "skylake-2015-blind"}
+    said = text_of(run(ONE, mix=STEADY, **given))
+    assert "KVM 6.1 (lazy) against KVM 5.3 (lazy)" in said
+    page_of_notebook(run(CYCLES, mix=STEADY, **given), CYCLES)
+    page_of_notebook(run(ALL, mixes=[STEADY], **given), ALL)
+
+
+@pytest.mark.slow
+def test_a_mistyped_parameter_is_one_clear_error(run):
+    with pytest.raises(papermill.exceptions.PapermillExecutionError, match="did you mean 'cpuid'"):
+        run(ONE, mix="cpuidd")
+
+
+def test_published_totals_of_a_mix():
+    frame = published.against_published(STEADY, exits=300)
+    assert list(frame["what"]) == ["before", "after", "saving"]
+    before, after, saved = frame["published_cycles"]
+    assert (before, after, saved) == (14886, 13142, 1744)
+    assert (frame["cycles_p05"] < frame["cycles_p50"]).all()
+    between = frame["published_cycles"].between(frame["cycles_p05"], frame["cycles_p95"])
+    assert list(frame["inside"]) == list(between)
+    assert published.against_published([PULLING], exits=300).empty
+    assert published.against_published([], exits=300).empty
+    # two exits an iteration: about twice the cycles of one round trip
+    two = published.against_published("self-ipi-sti-hlt", exits=300)
+    assert two["cycles_p50"].iloc[0] > 1.5 * frame["cycles_p50"].iloc[0]
+
+
+def test_of_published_says_on_which_side():
+    frame = published.against_published(STEADY, exits=300)
+    below = frame.assign(cycles_p50=frame["published_cycles"] / 2, inside=False)
+    assert "0 of 2 published totals" in narrative.of_published(below)
+    assert "does more than the simulated" in narrative.of_published(below)
+    above = frame.assign(cycles_p50=frame["published_cycles"] * 2)
+    assert "than the median assumed" in narrative.of_published(above)
+
+
+def test_executed_pulls_are_those_of_the_logs():
+    runs = published.executed_pulls().set_index("run")
+    assert runs.loc["kvm61_lazy_linux_l2", "exits"] == 7814
+    assert runs.loc["kvm61_lazy_linux_l2", "pulls_share"] == pytest.approx(0.442, abs=5e-4)
+    assert runs["pulls_share"].is_monotonic_decreasing
+    assert not any("evmcs" in name or "eager" in name for name in runs.index)
