@@ -14,7 +14,10 @@ from typing import Final
 from xml.etree import ElementTree as ET
 from xml.etree.ElementTree import Element
 
-BADGES: Final = ("simulated", "executed", "published", "published-code", "assumed")
+BADGES: Final = (
+    *("simulated", "executed", "published", "published-code"),
+    *("calibrated", "assumed"),
+)
 """Where a number comes from; a span of class "badge" and one of these is a provenance badge."""
 
 _TABLE = {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td"}

@@ -17,6 +17,12 @@ ONE_MIX = notebook_parameters.ReproduceTheSaving.notebook
 ALL_MIXES = notebook_parameters.AcrossWorkloadMixes.notebook
 BREAKDOWN = notebook_parameters.WhereTheCyclesGo.notebook
 
+USUAL_MIX = "cpuid"
+"""The mix to take apart if nothing else is asked for: the shortest exit that L1 handles."""
+
+ALWAYS_PRICED = ("vmread_first", "vmwrite_first", "vmptrld", "transition", "cpi")
+"""Prices without which no round trip has a total."""
+
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -68,7 +74,8 @@ def reproduce(
     out : Path or str
         The folder for the site, made if need be.
     breakdown_mix : str, optional
-        The mix whose round trip ``03_where_the_cycles_go`` takes apart; the first if not given.
+        The mix whose round trip ``03_where_the_cycles_go`` takes apart; if not given "cpuid", or
+        the first where that is not among the mixes.
     notebooks : Path, optional
         The folder with the three notebooks; this package's own if not given.
     **parameters
@@ -89,7 +96,9 @@ def reproduce(
     folder = inputs.notebooks_folder() if notebooks is None else notebooks
     names = _mixes(mixes)
     shared = _shared(parameters)
-    taken_apart = _mixes([names[0] if breakdown_mix is None else breakdown_mix])[0]
+    if breakdown_mix is None:
+        breakdown_mix = USUAL_MIX if USUAL_MIX in names else names[0]
+    taken_apart = _mixes([breakdown_mix])[0]
     fingerprint = inputs.fingerprint()
 
     def planned(notebook: str, name: str, **more: Any) -> batch.Task:
@@ -225,7 +234,15 @@ def _shared(parameters: Mapping[str, Any]) -> dict[str, Any]:
     checked.pop("mixes")
     config.release(checked["kvm_before"])
     config.release(checked["kvm_after"])
-    prices.load(checked["cpu"])
+    price_list = prices.load(checked["cpu"])
+    always = [name for name in ALWAYS_PRICED if name in price_list.unknown]
+    if always:  # every report would refuse its total, one by one
+        raise LabError(
+            "no totals: the price list lacks prices that every round trip needs",
+            where=f"cpu {price_list.id}",
+            got=", ".join(always),
+            mend="choose another cpu, or give the prices in a TOML file and use nvmx-lab compare",
+        )
     return checked
 
 

@@ -373,8 +373,8 @@ def explain(result: Comparison) -> str:
         return f"{text}: L1 never needs a rare field and never dirties vmcs12, so L0 never pulls."
     side = "below" if pulls < even else "above"
     return (
-        f"{text}; L1 forces a pull (two switches of VMCS and all rare fields) after {pulls:.2%} of "
-        f"the exits, {side} the break-even rate of {even:.0%}."
+        f"{text}; L1 forces a pull (two switches of VMCS and all rare fields) after "
+        f"{pulls * 100:.2f} % of the exits, {side} the break-even rate of {even * 100:.0f} %."
     )
 
 

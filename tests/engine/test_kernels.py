@@ -48,6 +48,22 @@ def test_run_words(machine, ids, chunk):
     assert {(s, w): n for (s, w), n in np.ndenumerate(got) if n} == dict(met)
 
 
+@pytest.mark.parametrize("settling", [0.0, 0.05, 0.3, 1.0])
+def test_run_words_over_long_streams(settling):
+    """Long enough that every part has words before it that do not settle the state."""
+    rng = np.random.default_rng([int(settling * 100), 5])
+    for states, words in ((2, 3), (3, 8), (5, 40)):
+        machine = rng.integers(states, size=(states, words))
+        settled = rng.random(words) < settling
+        machine[:, settled] = machine[0, settled]
+        ids = rng.integers(words, size=1_500).tolist()
+        for chunk in (1, 7, 64, 1_000, 1_500):
+            got, last = walk(machine.tolist(), ids, chunk)
+            met, expected_last = naive.word_visits(machine.tolist(), ids)
+            assert last == expected_last
+            assert {(s, w): n for (s, w), n in np.ndenumerate(got) if n} == dict(met)
+
+
 @settings(max_examples=50)
 @given(machines(), st.lists(st.integers(0, 4), max_size=30))
 def test_states_before(machine, ids):
