@@ -48,6 +48,7 @@ def without_shadow_vmcs(run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     By hand, from the executed numbers (data/README.md): every access of L1 exits and costs L0 12
     VMREADs and 2 VMWRITEs; the exit leg loses the copy of 35 fields to the shadow VMCS, the entry
     that of 24 fields from it; a VMWRITE of a read-only shadowed field no longer updates the shadow.
+    For runs whose L1 loads no other VMCS: that copies too.
     """
     exits, ops = read(run, "exits").set_index("exit"), read(run, "l1_ops")
     ops["op"] = ops["op"].astype(str)

@@ -84,10 +84,17 @@ def test_the_model_counts_the_golden_numbers(results):
 # -- runs that nobody has seen --------------------
 
 
-@pytest.mark.parametrize("run", ["kvm61_lazy_shadow", "kvm61_lazy_shadow_nokstack"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        *("kvm61_eager_shadow", "kvm61_lazy_shadow", "kvm61_lazy_shadow_16_32bit"),
+        *("kvm61_lazy_linux_l2", "kvm61_lazy_xen_l1"),
+    ],
+)
 def test_a_run_without_shadow_vmcs(tmp_path, results, run):
     exits, ops = runs.without_shadow_vmcs(run)
-    (got,) = validate(runs.write(tmp_path, exits, ops, shadow_vmcs=False))
+    sync = "eager" if "eager" in run else "lazy"
+    (got,) = validate(runs.write(tmp_path, exits, ops, shadow_vmcs=False, sync=sync))
     assert got.ok
     for name in ("vmread", "vmwrite"):
         # What the model misses (interrupts on the way) it misses with and without a shadow VMCS.
