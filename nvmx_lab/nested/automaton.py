@@ -61,15 +61,16 @@ def count(trace: Trace) -> npt.NDArray[np.float64]:
     """Return a trace as counts, float64[len(COUNTERS)]."""
     got = Counter(primitive for primitive, _ in steps(trace))
     executed = sum(access.op not in _NOT_AN_INSTRUCTION for access in trace.accesses)
+    retired = round(trace.instructions)  # lengths are means; whole numbers add up exactly
     values = {
         **got,
         "transition": trace.transitions,
         "control_check": trace.control_checks,
         "field_lookup": trace.field_lookups,
-        "l0_instructions": max(trace.instructions - executed, 0.0),
+        "l0_instructions": max(retired - executed, 0),
         "l1_vmread": trace.l1_vmreads,
         "l1_vmwrite": trace.l1_vmwrites,
-        "retired": trace.instructions,
+        "retired": retired,
         "rare_vmread": trace.rare_vmreads,
         "pulls": trace.pulls,
     }

@@ -270,13 +270,13 @@ class Nvmx:
                 else:
                     self.trace.accesses.append(access)
 
-    def _stretch(self, name: str) -> None:
+    def _stretch(self, name: str, times: int = 1) -> None:
         """Add the retired instructions of a stretch of ``data/l0_lengths.csv``."""
         table = lengths()
         general = (name, name.partition("+")[0], name.partition(".")[0])
         for row in next(table[key] for key in general if key in table):
             if self.holds(row.condition):
-                self.trace.instructions += row.instructions
+                self.trace.instructions += times * row.instructions
                 return
 
     def _switch_vmcs(self, target: str, path: str) -> None:
@@ -291,6 +291,7 @@ class Nvmx:
         for name in self._rare:
             self.vmcs12[name] = self._vmread(name, "sync_vmcs02_to_vmcs12_rare")
         self.trace.rare_vmreads += len(self._rare)
+        self._stretch("rare_field", len(self._rare))
         self._set(need_sync_vmcs02_to_vmcs12_rare=False)
 
     def copy_vmcs02_to_vmcs12_rare(self) -> None:
@@ -313,7 +314,8 @@ class Nvmx:
         self.trace.rare_vmreads += 1
         self._switch_vmcs("vmcs01", "pull.switch")
         self.trace.pulls += 1
-        self._stretch("pull_one")
+        self._stretch("rare_field")
+        self._stretch("pull")
 
     def sync_vmcs02_to_vmcs12(self, *, will_pull: bool = False) -> None:
         """Copy L2's state at a nested exit: eager fields always, rare ones by the sync policy."""
@@ -324,7 +326,6 @@ class Nvmx:
             not lazy
         ):  # before the patch the rare reads stand among the eager ones: same line, same cost
             self.sync_vmcs02_to_vmcs12_rare()
-            self._stretch("rare_reader")
         self._run("sync_vmcs02_to_vmcs12")
         self._set(need_sync_vmcs02_to_vmcs12_rare=lazy)
 

@@ -13,6 +13,7 @@ import numpy as np
 from nvmx_lab.costs import prices
 from nvmx_lab.costs.pricing import interval, price
 from nvmx_lab.errors import LabError
+from nvmx_lab.nested import config
 from nvmx_lab.nested.primitives import COUNTERS
 from nvmx_lab.study.simulate import P, Simulated, reader_and_pull_counts, simulate_mix
 from nvmx_lab.workload.mixes import Mix
@@ -354,19 +355,32 @@ def verdict(saving: Mapping[str, float]) -> str:
 
 def explain(result: Comparison) -> str:
     """Return why the saving is what it is, from the counts of both sides."""
+    text = _of_rare_fields(result)
+    before, after = (config.release(side.kvm).features for side in result.results)
+    others = len((before ^ after) - {"patch13"})
+    if others:
+        text += (
+            f" That is the sync alone: the two releases differ in {others} more feature"
+            f"{'s' * (others > 1)}, which are in the saving too."
+        )
+    return text
+
+
+def _of_rare_fields(result: Comparison) -> str:
     before, after = result.results
     saved = result.saving["rare_vmreads_per_exit"]
     if result.break_even_pull_rate is None:
         return (
-            "no VMREAD fewer: L1 reads an enlightened VMCS straight from memory, so L0 must copy "
-            "every field before L1 runs, with either sync."
+            "No VMREAD of a rare field fewer: L1 reads an enlightened VMCS straight from memory, so "
+            "L0 must copy every field before L1 runs, with either sync."
         )
     if (before.sync, after.sync) != ("eager", "lazy"):
-        return " against ".join(
+        sides = " against ".join(
             f"KVM {side.kvm} ({side.sync}): {side.rare_vmreads_per_exit:.2f} rare fields read per "
             f"exit, {side.counts['pulls'] / result.exits:.3f} pulls"
             for side in result.results
         )
+        return f"{sides}."
     pulls, even = after.pulls_share, result.break_even_pull_rate["p50"]
     text = f"{saved:.2f} VMREADs of rare fields fewer per exit"
     if pulls == 0:

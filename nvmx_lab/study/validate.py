@@ -196,7 +196,10 @@ def as_table(results: Sequence[RunValidation]) -> str:
     """Return the comparison as text: exact share of exits and ratio of totals."""
     width = max(len(r.run) for r in results)
     head = f"{'run':{width}}{'exits':>7}" + "".join(f"{name:>17}" for name in COMPARED)
-    lines = [head, f"{'':{width}}{'':7}" + f"{'exact   ratio':>17}" * len(COMPARED)]
+    lines = [
+        f"{head}{'left out':>10}",
+        f"{'':{width}}{'':7}" + f"{'exact   ratio':>17}" * len(COMPARED) + f"{'of them':>10}",
+    ]
     for r in results:
         cells = []
         for name in COMPARED:
@@ -204,9 +207,12 @@ def as_table(results: Sequence[RunValidation]) -> str:
             exact = "-" if a.exact_share is None else f"{a.exact_share:.2%}"
             ratio = "-" if a.ratio is None else f"{a.ratio:.4f}"
             cells.append(f"{exact + '  ' + ratio:>17}")
-        lines.append(f"{r.run:{width}}{r.exits:>7}" + "".join(cells))
+        share = r.instructions_not_compared
+        left_out = "-" if share is None else f"{share:.0%}"
+        lines.append(f"{r.run:{width}}{r.exits:>7}" + "".join(cells) + f"{left_out:>10}")
     lines.append(
         "exact: share of the exits that agree; ratio: total of the model over total of the log. "
-        "Instructions without L0's idle waits and page faults."
+        "Left out: share of L0's\ninstructions in stretches that are no path of KVM, the idle wait of a "
+        "halted L1 and page faults; the instructions\nare compared without them."
     )
     return "\n".join(lines)
