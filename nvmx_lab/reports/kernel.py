@@ -56,8 +56,10 @@ class ThisInterpreter(KernelSpecManager):
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         """Return the specification of a kernel in this interpreter, under any name."""
+        launcher = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        # Quiet: a kernel that is shut down is interrupted first, and would report that as an error.
         return KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            argv=[*launcher, "--log-level=CRITICAL"],
             name=kernel_name,
             display_name="Python 3",
             language="python",

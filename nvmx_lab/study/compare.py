@@ -371,8 +371,8 @@ def _of_rare_fields(result: Comparison) -> str:
     saved = result.saving["rare_vmreads_per_exit"]
     if result.break_even_pull_rate is None:
         return (
-            "No VMREAD of a rare field fewer: L1 reads an enlightened VMCS straight from memory, so "
-            "L0 must copy every field before L1 runs, with either sync."
+            "No VMREAD of a rare field fewer: L1 reads an enlightened VMCS straight from memory, "
+            "so L0 must copy every field before L1 runs, with either sync."
         )
     if (before.sync, after.sync) != ("eager", "lazy"):
         sides = " against ".join(

@@ -212,7 +212,7 @@ def as_table(results: Sequence[RunValidation]) -> str:
         lines.append(f"{r.run:{width}}{r.exits:>7}" + "".join(cells) + f"{left_out:>10}")
     lines.append(
         "exact: share of the exits that agree; ratio: total of the model over total of the log. "
-        "Left out: share of L0's\ninstructions in stretches that are no path of KVM, the idle wait of a "
-        "halted L1 and page faults; the instructions\nare compared without them."
+        "Left out: share of L0's\ninstructions in stretches that are no path of KVM, the idle wait "
+        "of a halted L1 and page faults; the instructions\nare compared without them."
     )
     return "\n".join(lines)
