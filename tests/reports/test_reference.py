@@ -25,10 +25,17 @@ def test_the_reference_has_every_mix(reference):
 def test_the_reference_is_what_the_default_run_gives(reference, mix):
     given = AcrossWorkloadMixes()
     now = nx.compare(
-        mix, kvm=[given.kvm_before, given.kvm_after], cpu=given.cpu, exits=given.exits, seed=given.seed
+        mix,
+        kvm=[given.kvm_before, given.kvm_after],
+        cpu=given.cpu,
+        exits=given.exits,
+        seed=given.seed,
     ).summary()
     row = reference.loc[mix]
     assert row["verdict"] == now["verdict"]
     for column in reference.columns:
-        if column.endswith(("_p05", "_p50", "_p95", "_share", "_per_exit")) and now[column] is not None:
+        if (
+            column.endswith(("_p05", "_p50", "_p95", "_share", "_per_exit"))
+            and now[column] is not None
+        ):
             assert row[column] == pytest.approx(now[column], rel=1e-9, abs=1e-9), column
