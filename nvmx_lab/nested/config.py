@@ -91,7 +91,9 @@ def release(spec: str) -> Release:
         If the base or a feature is unknown, or a switch changes nothing.
     """
     where = f"KVM release {spec!r}"
-    base, switches = re.fullmatch(r"([^+-]*)(.*)", spec.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    # A patch level ("6.1.192") is its release: none is known to differ.
+    spec = re.sub(r"^(\d+\.\d+)\.\d+", r"\1", spec.strip())
+    base, switches = re.fullmatch(r"([^+-]*)(.*)", spec, re.DOTALL).groups()  # type: ignore[union-attr]
     by_name = {r.name: r for r in releases()}
     if base not in by_name:
         raise unknown("KVM release", base, by_name, where=where)
@@ -109,7 +111,7 @@ def release(spec: str) -> Release:
             raise LabError(f"{base} {state} this feature", where=where, got=sign + feature)
         chosen.symmetric_difference_update({feature})
         switches = switches[match.end() :]
-    return Release(spec.strip(), frozenset(chosen), by_name[base].source)
+    return Release(spec, frozenset(chosen), by_name[base].source)
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,10 @@ class Config:
         L1 uses virtual-interrupt delivery and posted interrupts for L2.
     pae : bool
         L2 uses PAE paging.
-    legacy : bool
-        L2 starts outside IA-32e mode.
+    tpr_shadow, load_pat : bool
+        L1 uses a TPR shadow for L2; L1 loads IA32_PAT at nested entry and exit.
+    legacy, efer_host, x2apic : bool
+        L2 starts outside IA-32e mode; with the host's EFER; with its APIC in x2APIC mode.
     """
 
     kvm: Release
@@ -144,7 +148,11 @@ class Config:
     preemption_timer: bool = True
     vid: bool = False
     pae: bool = False
+    tpr_shadow: bool = True
+    load_pat: bool = True
     legacy: bool = False
+    efer_host: bool = False
+    x2apic: bool = False
 
     @classmethod
     def of(cls, kvm: str, sync: str | None = None, **options: bool) -> Config:
@@ -167,6 +175,11 @@ class Config:
             # shadow.
             options = {**options, "shadow_vmcs": False}
         return cls(rel, sync or rel.sync, **options)
+
+    def flipped(self, *options: str) -> Config:
+        """Return the same L0 with each of these options switched to its other value."""
+        changes: dict[str, Any] = {name: not getattr(self, name) for name in options}
+        return replace(self, **changes)
 
     def with_sync(self, sync: str) -> Config:
         """Return the same L0 with another sync policy."""

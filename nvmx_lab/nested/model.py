@@ -132,7 +132,9 @@ DYNAMIC = frozenset(
 )
 """Condition tokens that depend on the control state; ``changed:FIELD`` does too."""
 
-CONFIG_TOKENS = frozenset({"shadow_vmcs", "evmcs", "mpx", "apicv", "pml", "vid", "pae"})
+CONFIG_TOKENS = frozenset(
+    {"shadow_vmcs", "evmcs", "mpx", "apicv", "pml", "vid", "pae", "tpr_shadow", "load_pat"}
+)
 """Condition tokens that are options of `Config`; every other token is a feature of the release."""
 
 
@@ -173,7 +175,9 @@ class Nvmx:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.control = Control(legacy=config.legacy)
+        self.control = Control(
+            legacy=config.legacy, efer_differs=not config.efer_host, xapic=not config.x2apic
+        )
         self.trace = Trace()
         self.vmcs01: Vmcs = {}
         self.vmcs02: Vmcs = {}
@@ -463,10 +467,15 @@ class Nvmx:
     def l1_exit(self, reason: str) -> None:
         """Handle an exit of L1 that has nothing to do with nesting (RDMSR, EPT violation, ...).
 
+        VMRESUME and VMLAUNCH here are entries that failed before they reached L2.
+
         ``+irq`` behind the reason: L0 delivers a virtual interrupt to L1 on the way back;
         ``+eoi``: the WRMSR is an end of interrupt that updates the virtual ISR.
         """
         bare, _, extra = reason.partition("+")
+        if bare in ("VMRESUME", "VMLAUNCH"):
+            self.nested_vmx_run(launch=bare == "VMLAUNCH", fails=True)
+            return
 
         def handle() -> None:
             named = [f"l1_exit.{reason}", f"l1_exit.{bare}", "l1_exit"]
@@ -602,20 +611,34 @@ class Nvmx:
 
     # -- current VMCS --------------------------------------------------------------------------
 
-    def vmxon(self) -> None:
-        """L1 enters VMX operation: a fresh vmcs02."""
+    def vmxon(self) -> VmFail | None:
+        """L1 executes VMXON."""
+        return self._vmx_instruction(
+            self.enter_vmx_operation, "nested_vmx_get_vmptr", "l1_exit.VMXON"
+        )
+
+    def enter_vmx_operation(self) -> VmFail | None:
+        """Allocate vmcs02 and the shadow VMCS; each is VMCLEARed before its first use."""
+        if self.control.vmxon:
+            return VmFail(15)
+        self._clear_vmcs02_and_shadow("enter_vmx_operation")
         self.vmcs02 = {}
         self._set(vmxon=True)
+        return None
 
-    def vmxoff(self) -> None:
-        """L1 leaves VMX operation: free_nested, vmcs12 is dropped, not written back."""
-        self._l1_exit(self.free_nested, "l1_exit.VMXOFF")
-        self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.rip")
+    def _clear_vmcs02_and_shadow(self, function: str) -> None:
+        for _ in range(1 + self.config.shadow_vmcs):
+            self._emit("VMCLEAR", "", function)
+
+    def vmxoff(self) -> VmFail | None:
+        """L1 executes VMXOFF: free_nested, vmcs12 is dropped, not written back."""
+        return self._vmx_instruction(self.free_nested, "handle_vmoff", "l1_exit.VMXOFF")
 
     def free_nested(self) -> None:
-        """Free vmcs02 and forget the current VMCS; KVM leaves need_sync as it is (section 9.9)."""
-        if self.control.has_vmcs12:
+        """Free vmcs02 and forget the current VMCS; KVM leaves need_sync as it is."""
+        if self.control.vmxon:
             self._run("vmx_disable_shadow_vmcs")
+            self._clear_vmcs02_and_shadow("free_nested")
         self.vmcs02, self.vmcs12, self.shadow, self.evmcs = {}, {}, {}, {}
         self.current_vmptr = None
         self._set(
@@ -686,8 +709,11 @@ class Nvmx:
         """L1 executes VMRESUME."""
         return self.nested_vmx_run(launch=False)
 
-    def nested_vmx_run(self, *, launch: bool) -> VmFail | None:
-        """Emulate VMLAUNCH or VMRESUME up to the VM-entry of L2."""
+    def nested_vmx_run(self, *, launch: bool, fails: bool = False) -> VmFail | None:
+        """Emulate VMLAUNCH or VMRESUME up to the VM-entry of L2.
+
+        `fails`: vmcs12 does not pass the checks of its control and host-state fields.
+        """
         failure: list[VmFail | None] = [None]
 
         def handle() -> None:
@@ -701,6 +727,9 @@ class Nvmx:
                 self.copy_shadow_to_vmcs12()
             if launch == self.control.launched:
                 failure[0] = VmFail(4 if launch else 5)
+                return
+            if fails:
+                failure[0] = VmFail(7)
                 return
             self.nested_vmx_enter_non_root_mode()
 
@@ -791,7 +820,7 @@ class Nvmx:
         }
         if not state.vmxon:
             return
-        self.vmxon()
+        self.enter_vmx_operation()
         if state.vmptr is None:
             return
         self.vmcs12 = dict(state.vmcs12)

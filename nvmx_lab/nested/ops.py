@@ -28,7 +28,7 @@ class Kind(StrEnum):
     VMXOFF = "VMXOFF"
     GET_NESTED_STATE = "GET_NESTED_STATE"
     SET_NESTED_STATE = "SET_NESTED_STATE"
-    L2_MODE = "L2_MODE"  # "long" or "legacy": L2's IA-32e mode changed; costs nothing by itself
+    L2_MODE = "L2_MODE"  # "long", "legacy", "efer-host", "xapic" or "x2apic": see Nvmx.l2_mode
 
 
 WITH_ARGUMENT = frozenset(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvmx_lab.costs import prices
-from nvmx_lab.costs.pricing import interval, price
+from nvmx_lab.costs.pricing import interval, price, unpriced
 from nvmx_lab.errors import LabError
 from nvmx_lab.nested import config
 from nvmx_lab.nested.primitives import COUNTERS
@@ -77,9 +77,11 @@ class Comparison:
         ``rare_vmreads_per_exit`` and ``vmreads_per_exit``.
     break_even_pull_rate : dict of str to float or None
         Share of exits with a pull at which the lazy sync saves nothing (p05, p50, p95); None where
-        nothing is ever pulled.
+        nothing is ever pulled, or a pull has no price.
     left_out : tuple of str
         Primitives without a price that the totals leave out, if that was asked for.
+    evmcs : bool
+        Whether L1 uses an enlightened VMCS.
     """
 
     mix: str
@@ -94,6 +96,7 @@ class Comparison:
     saving: Mapping[str, Any]
     break_even_pull_rate: Mapping[str, float] | None
     left_out: tuple[str, ...] = ()
+    evmcs: bool = False
 
     @property
     def verdict(self) -> str:
@@ -205,7 +208,8 @@ class Comparison:
             f"{_span(self.saving['round_trip_cycles']):>28}",
             "",
             f"{self.verdict}: {self.explanation}",
-            "Means per nested exit: median [90 % interval over price draws]; simulated counts.",
+            "Means per nested exit: median [90 % interval over price draws, the mix as given]; "
+            "simulated counts.",
         ]
         if self.left_out:
             lines.append(f"Without {', '.join(self.left_out)}: no price.")
@@ -326,6 +330,7 @@ def priced(
         },
         break_even_pull_rate=None if even is None else quantiles(even),
         left_out=cycles.left_out,
+        evmcs=mix.host.evmcs,
     )
 
 
@@ -333,12 +338,14 @@ def break_even(simulated: Simulated, drawn: prices.Draws) -> tuple[float, float,
     """Return the share of exits with a pull at which a lazy sync saves nothing: p05, p50, p95.
 
     The saving is the rare reader that an eager L0 runs at each exit, the price a whole pull; both
-    in the release of `simulated`. None where nothing is ever pulled (enlightened VMCS).
+    in the release of `simulated`. None where nothing is ever pulled (enlightened VMCS), or a pull
+    has no price.
     """
     reader, pull = reader_and_pull_counts(simulated.config)
-    both = price(np.array([reader[:P], pull[:P]]), drawn, allow_unknown=True).values
-    if not both.any():
+    counts = np.array([reader[:P], pull[:P]])
+    if not counts.any() or unpriced(counts, drawn):
         return None
+    both = price(counts, drawn).values
     low, middle, high = np.quantile(np.minimum(both[0] / both[1], 1.0), (0.05, 0.5, 0.95))
     return float(low), float(middle), float(high)
 
@@ -369,7 +376,7 @@ def explain(result: Comparison) -> str:
 def _of_rare_fields(result: Comparison) -> str:
     before, after = result.results
     saved = result.saving["rare_vmreads_per_exit"]
-    if result.break_even_pull_rate is None:
+    if result.evmcs:
         return (
             "No VMREAD of a rare field fewer: L1 reads an enlightened VMCS straight from memory, "
             "so L0 must copy every field before L1 runs, with either sync."
@@ -381,15 +388,18 @@ def _of_rare_fields(result: Comparison) -> str:
             for side in result.results
         )
         return f"{sides}."
-    pulls, even = after.pulls_share, result.break_even_pull_rate["p50"]
+    pulls, even = after.pulls_share, result.break_even_pull_rate
     text = f"{saved:.2f} VMREADs of rare fields fewer per exit"
     if pulls == 0:
         return f"{text}: L1 never needs a rare field and never dirties vmcs12, so L0 never pulls."
-    side = "below" if pulls < even else "above"
-    return (
-        f"{text}; L1 forces a pull (two switches of VMCS and all rare fields) after "
-        f"{pulls * 100:.2f} % of the exits, {side} the break-even rate of {even * 100:.0f} %."
+    text += (
+        "; L1 forces a pull (two switches of VMCS and all rare fields) after "
+        f"{pulls * 100:.2f} % of the exits"
     )
+    if even is None:
+        return f"{text}; a pull has no price here, so no break-even rate."
+    side = "below" if pulls < even["p50"] else "above"
+    return f"{text}, {side} the break-even rate of {even['p50'] * 100:.0f} %."
 
 
 def _counts(simulated: Simulated) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nvmx_lab.costs import prices
+from nvmx_lab.nested.config import release
 from nvmx_lab.nested.primitives import INFORMATION, PRIMITIVES
 from nvmx_lab.study import published
 from nvmx_lab.study.compare import NO_DIFFERENCE_CYCLES, Comparison
@@ -169,7 +170,8 @@ def of_published(frame: pd.DataFrame) -> str:
         parts.append(f"{inside} of {len(rows)} published {kind}")
     text = (
         f"{badge('published')} {' and '.join(parts)} lie inside the simulated 90 % interval "
-        "(nothing was fitted to them)."
+        "(nothing was fitted to them, though some prices rest on claims of the same series). The "
+        "intervals span about a factor of two, so being inside says little."
     )
     ratios = totals["cycles_p50"] / totals["published_cycles"]
     low, high = ratios.min(), ratios.max()
@@ -177,8 +179,8 @@ def of_published(frame: pd.DataFrame) -> str:
     text += f" The simulated medians are {span} times the published totals."
     if high > 1.1:
         text += (
-            " Where the simulation is above, L0's software takes fewer instructions, or fewer "
-            "cycles each, than the median assumed."
+            " Where the simulation is above, L0's software takes fewer instructions (the lengths "
+            "are those of the executed KVM 6.1), or fewer cycles each, than the median assumed."
         )
     if low < 0.9:
         text += (
@@ -367,6 +369,16 @@ def answer_for_all(frame: pd.DataFrame, cpu: str) -> str:
             f"- {_count(len(some))} whose L0 {name}: {_range(middles, _number)} cycles in the "
             f"median. {_WHY[name]}"
         )
+    releases = {str(r) for c in ("kvm_before", "kvm_after") for r in own[c]}
+    differ = frozenset[str]().union(
+        *(release(r).features for r in releases)
+    ) - frozenset.intersection(*(release(r).features for r in releases))
+    if differ - {"patch13"}:
+        lines += [
+            "",
+            f"The reasons speak of the sync alone; the releases differ in "
+            f"{len(differ - {'patch13'})} more features, which are in the cycles too.",
+        ]
     both = own.set_index("mix")["verdict"].to_frame("own").join(blind.set_index("mix")["verdict"])
     changed = both[both["own"] != both["verdict"]]
     steady = own[(own["pulls_share"] < 0.02) & own["break_even_pull_rate_p50"].notna()]

@@ -89,14 +89,12 @@ def config_of(mix: Mix, kvm: str, sync: str | None = None) -> Config:
         If the release or the policy is unknown.
     """
     host = mix.host
-    apicv = mix.conditions.get("apicv_in_l1")
     return Config.of(
         kvm,
         sync,
         shadow_vmcs=host.shadow_vmcs,
         evmcs=host.evmcs,
         mpx=host.mpx,
-        vid=apicv is not None and apicv.p == 1,
         legacy=host.l2_mode == "legacy",
     )
 

@@ -70,6 +70,7 @@ class RunValidation:
     exits: int
     agreement: dict[str, Agreement]
     instructions_not_compared: float | None
+    initial_state: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -91,6 +92,7 @@ class RunValidation:
                 }
                 for name, a in self.agreement.items()
             },
+            "initial_state": list(self.initial_state),
             "instructions_not_compared": self.instructions_not_compared,
             "not_compared": f"L0's {' and '.join(NOT_A_PATH)} stretches of L1",
         }
@@ -146,7 +148,7 @@ def validate_run(run: ExecutedRun) -> RunValidation:
             logged=total,
         )
     left_out = None if np.isnan(run.not_compared) else run.not_compared
-    return RunValidation(run.name, len(model), agreement, left_out)
+    return RunValidation(run.name, len(model), agreement, left_out, run.initial_state)
 
 
 def validate(

@@ -9,7 +9,9 @@ annotated from what L1 did; each rule is a function here and says what it infers
 
 from __future__ import annotations
 
+import itertools
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nvmx_lab import data, vmcs
 from nvmx_lab.errors import LabError
 from nvmx_lab.nested.config import Config
+from nvmx_lab.nested.model import Nvmx, Trace
 from nvmx_lab.nested.ops import Kind, Operation
 from nvmx_lab.workload.streams import Stream, from_round_trips
 
@@ -25,11 +28,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXITS_COLUMNS = (
-    *("exit", "phase", "l2_exit_reason", "l0_vmread", "l0_vmwrite", "l0_vmptrld", "l0_vmclear"),
+    *("exit", "l2_exit_reason", "l0_vmread", "l0_vmwrite", "l0_vmptrld", "l0_vmclear"),
     "l0_rare_vmread",
 )
-L1_OPS_COLUMNS = ("exit", "seq", "op", "field", "trapped")
-SEGMENTS_COLUMNS = ("exit", "level", "handler", "instructions", "vmptrld", "rare_vmread")
+L1_OPS_COLUMNS = ("exit", "seq", "op", "field")
+SEGMENTS_COLUMNS = ("exit", "level", "handler", "instructions", "rare_vmread")
 
 TEXT_COLUMNS = frozenset({"phase", "l2_exit_reason", "op", "level", "handler"})
 
@@ -40,6 +43,22 @@ was."""
 
 _LEGACY_PHASES = ("pm32", "real16")
 _UART_BURST = 8
+
+_ENTRIES = (Kind.VMRESUME, Kind.VMLAUNCH)
+_FIRST_EXITS = 10
+_UNKNOWN_AT_START: tuple[tuple[str, ...], ...] = tuple(
+    sorted(
+        itertools.chain.from_iterable(
+            itertools.combinations(
+                ("legacy", "efer_host", "x2apic", "tpr_shadow", "load_pat"), size
+            )
+            for size in range(6)
+        ),
+        # What a KVM or Xen L1 always sets up comes last.
+        key=lambda names: (len({"tpr_shadow", "load_pat"} & set(names)), len(names)),
+    )
+)
+"""Options that differ from the usual at the start of a log, the likeliest combinations first."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,8 @@ class ExecutedRun:
         (L0's instructions except `NOT_A_PATH`; NaN without segments).
     not_compared : float
         Share of L0's retired instructions in `NOT_A_PATH` stretches (NaN without segments).
+    initial_state : tuple of str
+        Options of `config` that the log does not say and that its first exits decided.
     """
 
     name: str
@@ -66,6 +87,7 @@ class ExecutedRun:
     stream: Stream
     logged: pd.DataFrame
     not_compared: float
+    initial_state: tuple[str, ...] = ()
 
 
 def run_names(directory: Path | None = None) -> tuple[str, ...]:
@@ -113,18 +135,23 @@ def load(name: str, directory: Path | None = None) -> ExecutedRun:
     settings = _settings(where / f"{name}.toml")
     exits = _parquet(where / f"{name}.exits.parquet", EXITS_COLUMNS).sort_values("exit")
     operations = _parquet(where / f"{name}.l1_ops.parquet", L1_OPS_COLUMNS)
-    trips = _round_trips(exits, operations.sort_values(["exit", "seq"]), settings["evmcs"])
+    if "phase" not in exits:
+        exits["phase"] = ""
+    exits["phase"] = exits["phase"].astype(object).fillna("").astype(str)
+    operations = operations.sort_values(["exit", "seq"])
+    exits = _without_cut_end(exits, operations, where / f"{name}.l1_ops.parquet")
+    guest_writes = operations[operations["op"] == "VMWRITE"]["name"]
     config = Config.of(
         settings["kvm"],
         settings["sync"],
         shadow_vmcs=settings["shadow_vmcs"],
         evmcs=settings["evmcs"],
         mpx=settings["mpx"],
-        vid=bool(
-            ((operations["op"] == "VMWRITE") & (operations["name"] == "GUEST_INTR_STATUS")).any()
-        ),
-        legacy=_starts_legacy(exits, operations),
+        vid=bool((guest_writes == "GUEST_INTR_STATUS").any()),
     )
+    xen = "xen" in str(settings.get("l1", "")).lower()
+    config, assumed = _initial_state(config, exits, operations, xen=xen)
+    trips = _round_trips(exits, operations, config, xen=xen)
     segments = where / f"{name}.segments.parquet"
     retired, l1_retired, pulls, not_compared = _from_segments(segments, exits)
     stream = from_round_trips(
@@ -133,7 +160,7 @@ def load(name: str, directory: Path | None = None) -> ExecutedRun:
     logged = exits.rename(columns=lambda c: c.removeprefix("l0_")).reset_index(drop=True)
     logged["retired"] = retired
     logged["pulls"] = pulls if pulls is not None else _pulls_of(logged, config)
-    return ExecutedRun(name, config, stream, logged, not_compared)
+    return ExecutedRun(name, config, stream, logged, not_compared, assumed)
 
 
 def _pulls_of(logged: pd.DataFrame, config: Config) -> Any:
@@ -205,30 +232,97 @@ def _checked(values: pd.Series[Any], file: Path) -> pd.Series[Any]:
     return numbers.astype("int64")
 
 
+def _without_cut_end(exits: pd.DataFrame, operations: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """Drop the last exit if the log ends before L1 resumed L2: its counts are not whole."""
+    if exits.empty:
+        raise LabError("no exit in the log", where=file)
+    last = operations[operations["exit"] == exits["exit"].iloc[-1]]["op"]
+    whole = last.isin(["VMRESUME", "VMLAUNCH"]).any()
+    return exits if whole or len(exits) == 1 else exits.iloc[:-1]
+
+
+def _initial_state(
+    config: Config, exits: pd.DataFrame, operations: pd.DataFrame, *, xen: bool
+) -> tuple[Config, tuple[str, ...]]:
+    """Find the state in which the log starts: it has no values, and L1's set-up came before it.
+
+    The model replays the first exits from every combination of the options that matter, the usual
+    one first, and the one whose VMREADs and VMWRITEs agree most often is taken.
+    """
+    head = exits.iloc[:_FIRST_EXITS]
+    logged = list(zip(head["l0_vmread"], head["l0_vmwrite"], strict=True))
+    before = operations[operations["exit"] <= head["exit"].iloc[-1]]
+    best: tuple[Config, tuple[str, ...]] = (config, ())
+    most = -1
+    for changed in _UNKNOWN_AT_START:
+        candidate = config.flipped(*changed)
+        model = Nvmx(candidate)
+        model.start()
+        agreeing = 0
+        for trip, counts in zip(
+            _round_trips(head, before, candidate, xen=xen), logged, strict=True
+        ):
+            model.trace = Trace()
+            for operation in trip:
+                model.apply(operation)
+            done = Counter(access.op for access in model.trace.accesses)
+            agreeing += (done["VMREAD"], done["VMWRITE"]) == counts
+        if agreeing > most:
+            best, most = (candidate, changed), agreeing
+        if agreeing >= 0.8 * len(logged):
+            break
+    return best
+
+
 def _round_trips(
-    exits: pd.DataFrame, operations: pd.DataFrame, evmcs: bool
+    exits: pd.DataFrame, operations: pd.DataFrame, config: Config, *, xen: bool
 ) -> Iterator[tuple[Operation, ...]]:
     """Yield the operations of each reflected exit, annotated."""
     pairs = list(zip(operations["op"], operations["name"], strict=True))
     groups: dict[int, list[tuple[str, str]]] = {}
     for number, pair in zip(operations["exit"].tolist(), pairs, strict=True):
         groups.setdefault(number, []).append(pair)
-    reasons = list(exits["l2_exit_reason"])
-    phases = list(exits["phase"])
-    legacy = _starts_legacy(exits, operations)
+    reasons, phases = list(exits["l2_exit_reason"]), list(exits["phase"])
+    # What comes next, seen from each exit: the reason but for HLT, and the next phase with a name.
+    upcoming, named = [""] * len(reasons), [""] * len(reasons)
+    for i in range(len(reasons) - 2, -1, -1):
+        upcoming[i] = reasons[i + 1] if reasons[i + 1] != "HLT" else upcoming[i + 1]
+        named[i] = phases[i + 1] or named[i + 1]
+    legacy, evmcs = config.legacy, config.evmcs
     for i, number in enumerate(exits["exit"]):
         ops = groups.get(number, [])
-        upcoming = next((r for r in reasons[i + 1 :] if r != "HLT"), "")
-        body = [*_l1_operations(ops), *_inferred_writes(reasons[i], upcoming, phases[i], evmcs)]
-        body = _annotated(body, evmcs)
-        modes = list(_mode_changes(reasons[i], ops, legacy, phases, i, evmcs))
+        body = _annotated(
+            [*_l1_operations(ops), *_inferred_writes(reasons[i], upcoming[i], phases[i], evmcs)],
+            evmcs,
+        )
+        modes = list(_mode_changes(reasons[i], ops, legacy, xen=xen))
+        if evmcs and (phases[i] == "" or phases[i].endswith("_end")) and named[i]:
+            wanted = named[i].startswith(_LEGACY_PHASES)
+            if wanted != legacy:
+                modes.append(Operation(Kind.L2_MODE, "legacy" if wanted else "long"))
         for mode in modes:
             if mode.arg in ("long", "legacy"):
                 legacy = mode.arg == "legacy"
-        entries = [op for op in body if op.kind in (Kind.VMRESUME, Kind.VMLAUNCH)]
-        body = [op for op in body if op.kind not in (Kind.VMRESUME, Kind.VMLAUNCH)]
-        # Before the entry: it is the first to see the new mode.
-        yield (Operation(Kind.EXIT, _reason(reasons[i], ops)), *body, *modes, *entries[-1:])
+        trip = _with_one_entry(body, modes)
+        if not any(op.kind in _ENTRIES for op in trip):
+            raise LabError(
+                "L1 neither resumes nor launches L2 after this exit",
+                where=f"exit {number} of the log of L1's operations",
+                allowed="every exit but the last ends with VMRESUME or VMLAUNCH",
+            )
+        yield (Operation(Kind.EXIT, _reason(reasons[i], ops)), *trip)
+
+
+def _with_one_entry(body: Sequence[Operation], modes: Sequence[Operation]) -> list[Operation]:
+    """Put changes of mode before the entry that reached L2, the last; those before it failed."""
+    entries = [i for i, op in enumerate(body) if op.kind in _ENTRIES]
+    out = list(body)
+    for i in entries[:-1]:
+        out[i] = Operation(Kind.L1_EXIT, str(out[i].kind))
+    if not entries:
+        return [*out, *modes]
+    last = out.pop(entries[-1])
+    return [*out, *modes, last]
 
 
 def _l1_operations(ops: Sequence[tuple[str, str]]) -> Iterator[Operation]:
@@ -309,19 +403,16 @@ def _annotated(ops: Sequence[Operation], evmcs: bool) -> list[Operation]:
 
 
 def _mode_changes(
-    reason: str,
-    ops: Sequence[tuple[str, str]],
-    legacy: bool,
-    phases: Sequence[str],
-    i: int,
-    evmcs: bool,
+    reason: str, ops: Sequence[tuple[str, str]], legacy: bool, *, xen: bool
 ) -> Iterator[Operation]:
     """Yield the changes of L2's mode that L1 carried out, from the controls that it wrote.
 
     VM_ENTRY_CONTROLS holds "IA-32e mode guest" and "load EFER". On a WRMSR outside legacy mode L1
     writes it because EFER became the host's; on any other exit because L2 entered or left IA-32e
-    mode. SECONDARY_VM_EXEC_CONTROL on a WRMSR: L2 switched its APIC to x2APIC mode. An enlightened
-    VMCS logs no writes: there the name of the next phase tells.
+    mode. KVM as L1 reads the access rights of TR when it enters (enter_lmode); Xen does not tell,
+    so there it is a toggle. SECONDARY_VM_EXEC_CONTROL on a WRMSR: L2 switched its APIC to x2APIC
+    mode. An enlightened VMCS logs no writes: there the names of phases must tell ("pm32_...",
+    "real16_...", "..._end", "..._set_sregs").
     """
     if any(op == "VMPTRLD" for op, _ in ops):
         return  # another VMCS is set up: these writes are its initial state
@@ -330,28 +421,10 @@ def _mode_changes(
         if reason == "WRMSR" and not legacy:
             yield Operation(Kind.L2_MODE, "efer-host")
         elif reason != "WRMSR":
-            yield Operation(Kind.L2_MODE, "long" if legacy else "legacy")
+            enters = legacy if xen else ("VMREAD", "GUEST_TR_AR_BYTES") in ops
+            yield Operation(Kind.L2_MODE, "long" if enters else "legacy")
     if "SECONDARY_VM_EXEC_CONTROL" in wrote and reason == "WRMSR":
         yield Operation(Kind.L2_MODE, "x2apic")
-    if evmcs and i + 1 < len(phases):
-        named = next((p for p in phases[i + 1 :] if p), phases[i + 1])
-        if (phases[i] == "" or phases[i].endswith("_end")) and named.startswith(
-            _LEGACY_PHASES
-        ) != legacy:
-            yield Operation(Kind.L2_MODE, "long" if legacy else "legacy")
-
-
-def _starts_legacy(exits: pd.DataFrame, operations: pd.DataFrame) -> bool:
-    """Return whether L2 starts outside IA-32e mode: then it turns paging on first."""
-    first = str(exits["phase"].iloc[0]) if len(exits) else ""
-    if first:
-        return first.startswith(_LEGACY_PHASES)
-    writes = operations[
-        (operations["op"] == "VMWRITE") & (operations["name"] == "VM_ENTRY_CONTROLS")
-    ]
-    reasons = exits.set_index("exit")["l2_exit_reason"]
-    changes = [reasons.get(number) for number in writes["exit"]]
-    return "CR_ACCESS" in changes
 
 
 def _from_segments(file: Path, exits: pd.DataFrame) -> tuple[Any, Any, Any, float]:
