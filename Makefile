@@ -62,7 +62,7 @@ $(VENV)/installed: $(VENV)/locked pyproject.toml
 	@said=$$($(BIN)/jupyter labextension disable --level=sys_prefix $(NEWS) 2>&1) || { echo "$$said" >&2; exit 1; }
 	@touch $@
 
-reproduce: setup ## Run every report; then open reports/index.html (ARGS='--mixes NAME')
+reproduce: setup ## Run every report; then open reports/index.html (ARGS='--mixes NAME --out DIR')
 	$(BIN)/nvmx-lab reproduce $(ARGS)
 
 test: setup ## Lint, type-check and test (ARGS='-k NAME' selects tests)

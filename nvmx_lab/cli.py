@@ -202,8 +202,7 @@ def tables_check(data: Path | None) -> None:
 @click.option("--jobs", type=int, help="Worker processes; default: the number of cores.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    default=Path("reports"),
+    default="reports",
     show_default=True,
     help="Folder of the reports.",
 )
@@ -214,7 +213,7 @@ def tables_check(data: Path | None) -> None:
 def reproduce(
     mixes: tuple[str, ...],
     jobs: int | None,
-    out: Path,
+    out: str,
     kvm: tuple[str, ...],
     cpu: str | None,
     exits: int | None,
@@ -226,6 +225,8 @@ def reproduce(
     """
     from nvmx_lab.reports.reproduce import reproduce as run
 
+    if not out.strip():
+        raise LabError("--out names no folder", got=out, mend="use --out reports, or --out .")
     if kvm and len(kvm) != 2:
         raise LabError(
             "--kvm takes two releases", got=" ".join(kvm), mend="give it twice, or not at all"
@@ -234,7 +235,8 @@ def reproduce(
     if kvm:
         given |= {"kvm_before": kvm[0], "kvm_after": kvm[1]}
     names = [name.strip() for text in mixes for name in text.split(",")] or None
-    result = run(names, jobs=jobs, out=out, **{k: v for k, v in given.items() if v is not None})
+    chosen = {key: value for key, value in given.items() if value is not None}
+    result = run(names, jobs=jobs, out=Path(out), **chosen)
     for failure in result.failures:
         click.echo(f"failed: {failure}", err=True)
     made = result.reports - result.reused
@@ -302,11 +304,15 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         sys.exit(130)
-    except BrokenPipeError:
+    except BrokenPipeError:  # before OSError, whose kind it is
         # The reader of our output went away (head): not an error of ours. Python would complain
         # again when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        click.echo(f"error: cannot write the result: {error}", err=True)
+        sys.exit(BAD_INPUT)
 
 
 if __name__ == "__main__":

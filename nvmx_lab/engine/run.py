@@ -97,7 +97,7 @@ def lift(automaton: Tables, offsets: Int64, codes: npt.NDArray[np.uint16]) -> Li
     """
     table = automaton.next_state
     starts, stops = offsets[:-1], offsets[1:]
-    length = int((stops - starts).max())
+    length = int(np.max(stops - starts))
     boundary = [0]
     index = {0: 0}
     rows: list[Int64] = []
@@ -107,7 +107,7 @@ def lift(automaton: Tables, offsets: Int64, codes: npt.NDArray[np.uint16]) -> Li
             at = starts + step
             live = at < stops
             state[live] = table[state[live], codes[at[live]]]
-            if state.min() < 0:  # the kernels do not look: a wrong index there reads anywhere
+            if np.min(state) < 0:  # the kernels do not look: a wrong index there reads anywhere
                 raise ValueError("the automaton has not visited all words: visit_words first")
         for after in np.unique(state).tolist():
             if after not in index:
@@ -181,7 +181,7 @@ def counts_of_word(
     out = np.zeros((lifted.boundary.size, starts.size, vectors.shape[1]))
     for b, start in enumerate(lifted.boundary):
         state = np.full(starts.size, start, np.int64)
-        for step in range(int((stops - starts).max())):
+        for step in range(int(np.max(stops - starts))):
             at = starts + step
             live = np.flatnonzero(at < stops)
             code = codes[at[live]]

@@ -366,10 +366,8 @@ def explain(result: Comparison) -> str:
     before, after = (config.release(side.kvm).features for side in result.results)
     others = len((before ^ after) - {"patch13"})
     if others:
-        text += (
-            f" That is the sync alone: the two releases differ in {others} more feature"
-            f"{'s' * (others > 1)}, which are in the saving too."
-        )
+        more = "one more feature, which is" if others == 1 else f"{others} more features, which are"
+        text += f" That is the sync alone: the two releases differ in {more} in the saving too."
     return text
 
 
@@ -422,6 +420,9 @@ def pairs_of(
         If they do not make two sides.
     """
     releases = [kvm] if isinstance(kvm, str) else list(kvm)
+    for name in releases:
+        if not isinstance(name, str):
+            raise LabError("a KVM release is text", where="kvm", got=name, mend=f'write "{name}"')
     policies: list[str | None] = [sync] if sync is None or isinstance(sync, str) else list(sync)
     size = max(len(releases), len(policies))
     if size != 2 or not {len(releases), len(policies)} <= {1, 2}:
@@ -446,4 +447,5 @@ def _flat(values: Mapping[str, float], name: str) -> dict[str, float]:
 
 
 def _span(values: Mapping[str, float]) -> str:
-    return f"{values['p50']:,.0f} [{values['p05']:,.0f}, {values['p95']:,.0f}]"
+    low, middle, high = (round(values[q]) for q in QUANTILES)  # round: no "-0"
+    return f"{middle:,} [{low:,}, {high:,}]"

@@ -149,9 +149,9 @@ def load(name: str, directory: Path | None = None) -> ExecutedRun:
         mpx=settings["mpx"],
         vid=bool((guest_writes == "GUEST_INTR_STATUS").any()),
     )
-    xen = "xen" in str(settings.get("l1", "")).lower()
-    config, assumed = _initial_state(config, exits, operations, xen=xen)
-    trips = _round_trips(exits, operations, config, xen=xen)
+    toggles = not _is_kvm(operations)
+    config, assumed = _initial_state(config, exits, operations, name, toggles=toggles)
+    trips = _round_trips(exits, operations, config, name, toggles=toggles)
     segments = where / f"{name}.segments.parquet"
     retired, l1_retired, pulls, not_compared = _from_segments(segments, exits)
     stream = from_round_trips(
@@ -232,6 +232,12 @@ def _checked(values: pd.Series[Any], file: Path) -> pd.Series[Any]:
     return numbers.astype("int64")
 
 
+def _is_kvm(operations: pd.DataFrame) -> bool:
+    """Return whether L1 is KVM: it reads VM_EXIT_REASON first after nearly every exit."""
+    first = operations[operations["op"] == "VMREAD"].groupby("exit")["name"].first()
+    return first.empty or bool((first == "VM_EXIT_REASON").mean() > 0.5)
+
+
 def _without_cut_end(exits: pd.DataFrame, operations: pd.DataFrame, file: Path) -> pd.DataFrame:
     """Drop the last exit if the log ends before L1 resumed L2: its counts are not whole."""
     if exits.empty:
@@ -242,7 +248,7 @@ def _without_cut_end(exits: pd.DataFrame, operations: pd.DataFrame, file: Path) 
 
 
 def _initial_state(
-    config: Config, exits: pd.DataFrame, operations: pd.DataFrame, *, xen: bool
+    config: Config, exits: pd.DataFrame, operations: pd.DataFrame, run: str, *, toggles: bool
 ) -> tuple[Config, tuple[str, ...]]:
     """Find the state in which the log starts: it has no values, and L1's set-up came before it.
 
@@ -260,7 +266,7 @@ def _initial_state(
         model.start()
         agreeing = 0
         for trip, counts in zip(
-            _round_trips(head, before, candidate, xen=xen), logged, strict=True
+            _round_trips(head, before, candidate, run, toggles=toggles), logged, strict=True
         ):
             model.trace = Trace()
             for operation in trip:
@@ -275,7 +281,7 @@ def _initial_state(
 
 
 def _round_trips(
-    exits: pd.DataFrame, operations: pd.DataFrame, config: Config, *, xen: bool
+    exits: pd.DataFrame, operations: pd.DataFrame, config: Config, run: str, *, toggles: bool
 ) -> Iterator[tuple[Operation, ...]]:
     """Yield the operations of each reflected exit, annotated."""
     pairs = list(zip(operations["op"], operations["name"], strict=True))
@@ -295,7 +301,7 @@ def _round_trips(
             [*_l1_operations(ops), *_inferred_writes(reasons[i], upcoming[i], phases[i], evmcs)],
             evmcs,
         )
-        modes = list(_mode_changes(reasons[i], ops, legacy, xen=xen))
+        modes = list(_mode_changes(reasons[i], ops, legacy, toggles=toggles))
         if evmcs and (phases[i] == "" or phases[i].endswith("_end")) and named[i]:
             wanted = named[i].startswith(_LEGACY_PHASES)
             if wanted != legacy:
@@ -307,7 +313,7 @@ def _round_trips(
         if not any(op.kind in _ENTRIES for op in trip):
             raise LabError(
                 "L1 neither resumes nor launches L2 after this exit",
-                where=f"exit {number} of the log of L1's operations",
+                where=f"{run}, exit {number}",
                 allowed="every exit but the last ends with VMRESUME or VMLAUNCH",
             )
         yield (Operation(Kind.EXIT, _reason(reasons[i], ops)), *trip)
@@ -403,16 +409,16 @@ def _annotated(ops: Sequence[Operation], evmcs: bool) -> list[Operation]:
 
 
 def _mode_changes(
-    reason: str, ops: Sequence[tuple[str, str]], legacy: bool, *, xen: bool
+    reason: str, ops: Sequence[tuple[str, str]], legacy: bool, *, toggles: bool
 ) -> Iterator[Operation]:
     """Yield the changes of L2's mode that L1 carried out, from the controls that it wrote.
 
     VM_ENTRY_CONTROLS holds "IA-32e mode guest" and "load EFER". On a WRMSR outside legacy mode L1
     writes it because EFER became the host's; on any other exit because L2 entered or left IA-32e
-    mode. KVM as L1 reads the access rights of TR when it enters (enter_lmode); Xen does not tell,
-    so there it is a toggle. SECONDARY_VM_EXEC_CONTROL on a WRMSR: L2 switched its APIC to x2APIC
-    mode. An enlightened VMCS logs no writes: there the names of phases must tell ("pm32_...",
-    "real16_...", "..._end", "..._set_sregs").
+    mode. KVM as L1 reads the access rights of TR when it enters (enter_lmode); another L1 does not
+    tell, so there it is a toggle. SECONDARY_VM_EXEC_CONTROL on a WRMSR: L2 switched its APIC to
+    x2APIC mode. An enlightened VMCS logs no writes: there the names of phases must tell
+    ("pm32_...", "real16_...", "..._end", "..._set_sregs").
     """
     if any(op == "VMPTRLD" for op, _ in ops):
         return  # another VMCS is set up: these writes are its initial state
@@ -421,7 +427,7 @@ def _mode_changes(
         if reason == "WRMSR" and not legacy:
             yield Operation(Kind.L2_MODE, "efer-host")
         elif reason != "WRMSR":
-            enters = legacy if xen else ("VMREAD", "GUEST_TR_AR_BYTES") in ops
+            enters = legacy if toggles else ("VMREAD", "GUEST_TR_AR_BYTES") in ops
             yield Operation(Kind.L2_MODE, "long" if enters else "legacy")
     if "SECONDARY_VM_EXEC_CONTROL" in wrote and reason == "WRMSR":
         yield Operation(Kind.L2_MODE, "x2apic")

@@ -223,6 +223,11 @@ def test_two_batches_cannot_write_to_one_folder(tmp_path):
 
 
 DRIVER = """
+import signal
+
+# Ctrl-C must mean something even where the tests were started with it ignored (nohup, some CI).
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import sys
 from pathlib import Path
 from nvmx_lab.reports import batch

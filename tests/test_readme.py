@@ -1,0 +1,36 @@
+"""The README's numbers are today's."""
+
+import re
+from pathlib import Path
+
+from nvmx_lab.study.published import against_published
+from nvmx_lab.study.validate import validate
+from nvmx_lab.workload import mixes
+
+README = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_how_many_published_totals_lie_inside():
+    frame = against_published(mixes.names(), exits=2_000)
+    totals = frame[frame["what"] != "saving"]
+    inside, of = map(int, re.search(r"(\d+) of the (\d+) lie", README).groups())
+    assert (totals["inside"].sum(), len(totals)) == (inside, of)
+    ratio = totals["cycles_p50"] / totals["published_cycles"]
+    low, high = map(float, re.search(r"medians are ([\d.]+) to ([\d.]+) times", README).groups())
+    to_user_space = totals["mix"].isin(["inl-from-qemu", "inl-from-pmtimer"])
+    assert round(ratio[~to_user_space].min(), 1) == low
+    assert round(ratio[~to_user_space].max(), 1) == high
+    assert "half of what the two loops that go to QEMU take" in README
+    assert (round(ratio[to_user_space], 1) == 0.5).all()
+
+
+def test_how_far_the_executed_runs_agree():
+    runs = validate()
+    assert "agree at every exit" in README
+    assert all(run.ok for run in runs)
+    assert "VMREAD and VMWRITE at 99 % of the exits of the micro-guest runs and at 95 %" in README
+    for run in runs:
+        least = 0.95 if run.run.endswith(("linux_l2", "xen_l1")) else 0.99
+        assert min(run.agreement[name].exact_share for name in ("vmread", "vmwrite")) >= least
+        assert abs(run.agreement["instructions"].ratio - 1) < 0.02
+    assert "agree within 2 % in total" in README
