@@ -240,7 +240,8 @@ def reproduce(
     for failure in result.failures:
         click.echo(f"failed: {failure}", err=True)
     made = result.reports - result.reused
-    click.echo(f"{made} reports made, {result.reused} were there; open {result.index}")
+    if result.reports:
+        click.echo(f"{made} reports made, {result.reused} were there; open {result.index}")
     sys.exit(result.exit_status)
 
 

@@ -14,6 +14,7 @@ from nvmx_lab.plots.figure import (
     Plot,
     blank,
     entitle,
+    legend,
     listed,
     number,
     require,
@@ -244,7 +245,7 @@ def _legend_of_steps(figure: Figure, names: list[str]) -> None:
         for name, colours in pairs
         for colour, what in zip(colours, ("", ": steps that the sync changes"), strict=True)
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False)
+    legend(figure, 2, handles=handles)
 
 
 def _legend_of_totals(figure: Figure) -> None:
@@ -256,4 +257,4 @@ def _legend_of_totals(figure: Figure) -> None:
         Line2D([], [], color=BLACK, marker="P", linestyle="", label="published, inside"),
         Line2D([], [], color=VERMILLION, marker="x", linestyle="", label="published, outside"),
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False)
+    legend(figure, 4, handles=handles)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -35,6 +34,9 @@ _SHARPNESS = (
     2  # pixels of the bitmap for one of the page, for screens with fine pixels and for zoom
 )
 _PIXELS = 96
+_MARGIN: Final = 0.008  # of the width, left of a title
+_TITLE: Final[Any] = {"fontsize": 13, "fontweight": "bold"}
+_NARROWEST: Final = 10.0  # cycles
 _STYLE: Final[Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": GREY,
@@ -118,8 +120,44 @@ def blank(height: float, columns: int = 1, **options: Any) -> tuple[Figure, list
 
 def entitle(figure: Figure, finding: str) -> None:
     """Put the finding above the figure, at its left edge, broken into lines that fit."""
-    lines = textwrap.fill(finding, 94)
-    figure.suptitle(lines, x=0.008, ha="left", fontsize=13, fontweight="bold")
+    lines = "\n".join(_lines(finding, (1 - 3 * _MARGIN) * 72 * figure.get_size_inches()[0]))
+    figure.suptitle(lines, x=_MARGIN, ha="left", **_TITLE)
+
+
+def _lines(text: str, points: float) -> list[str]:
+    """Break a title into lines no wider than so many points: digits are wider than letters."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    font = FontProperties(size=_TITLE["fontsize"], weight=_TITLE["fontweight"])
+    first, *words = text.split()
+    lines = [first]
+    for word in words:
+        longer = f"{lines[-1]} {word}"
+        if TextPath((0, 0), longer, prop=font).get_extents().width <= points:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def legend(figure: Figure, columns: int, **options: Any) -> None:
+    """Put a legend below the figure, in fewer columns where so many would not fit."""
+    width = figure.get_size_inches()[0] * figure.dpi
+    for count in range(columns, 0, -1):
+        made = figure.legend(loc="outside lower left", ncols=count, frameon=False, **options)
+        if count == 1 or made.get_window_extent().width <= width:
+            return
+        made.remove()
+
+
+def whole_cycles(axis: Axis) -> None:
+    """Widen an axis on which whole cycles could not be told apart: every tick would read "0"."""
+    low, high = axis.get_view_interval()
+    if abs(high - low) < _NARROWEST:
+        middle = (low + high) / 2
+        ends = (middle - _NARROWEST, middle + _NARROWEST)
+        axis.axes.set(**{f"{axis.axis_name}lim": ends})  # type: ignore[attr-defined]
 
 
 def require(frame: pd.DataFrame, columns: Iterable[str], where: str) -> None:

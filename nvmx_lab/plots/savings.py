@@ -16,17 +16,20 @@ from nvmx_lab.plots.figure import (
     Plot,
     blank,
     entitle,
+    legend,
     listed,
     number,
     require,
     share,
     span,
     thousands,
+    whole_cycles,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LEGS: Final = ("exit_leg", "round_trip")
 _LEG_NAMES: Final = {"exit_leg": "exit leg", "round_trip": "round trip"}
@@ -83,6 +86,7 @@ def saving_intervals(frame: pd.DataFrame) -> Plot:
         colour, marker = VERDICTS[row["verdict"]]
         _interval(axes, row, "round_trip_saving_cycles", place + 0.15, color=colour, marker=marker)
     thousands(axes.xaxis)
+    whole_cycles(axes.xaxis)
     rows = range(len(ordered))
     axes.set_yticks(rows, ordered["mix"])
     axes.set_ylim(len(ordered) - 0.4, -0.6)
@@ -107,7 +111,7 @@ def saving_intervals(frame: pd.DataFrame) -> Plot:
         va="bottom",
         fontsize=9,
     )
-    _legend_of_savings(axes, set(ordered["verdict"]))
+    _legend_of_savings(figure, set(ordered["verdict"]))
     finding = _tally(ordered)
     if len(ordered) > 1:
         finding += f": from {_extremes(ordered)} cycles per exit"
@@ -179,12 +183,14 @@ def comparison(frame: pd.DataFrame) -> Plot:
             textcoords="offset points",
             ha="center",
             fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # the line of zero
         )
     total.set_yticks(range(len(_LEGS)), [_LEG_NAMES[leg] for leg in _LEGS])
     total.set_ylim(len(_LEGS) - 0.4, -0.6)
     total.set_xlim(left=0)
     thousands(total.xaxis)
     thousands(difference.xaxis)
+    whole_cycles(difference.xaxis)
     total.set_xlabel("TSC cycles per nested exit")
     total.set_title("Cost: its uncertainty is mostly common to both", fontsize=10, loc="left")
     difference.axvline(0, color=BLACK, linewidth=1)
@@ -193,7 +199,7 @@ def comparison(frame: pd.DataFrame) -> Plot:
     for axes in (total, difference):
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower left", ncols=2, frameon=False)
+    legend(figure, 2)
     row = saving.iloc[0]
     leg, trip = (_gained(row[f"{name}_cycles_p50"]) for name in _LEGS)
     parts = f"{leg} on the exit leg, {trip} on the round trip"
@@ -278,6 +284,7 @@ def pull_rate(frame: pd.DataFrame) -> Plot:
         )
     axes.set_xlim(-3, 103)
     thousands(axes.yaxis)
+    whole_cycles(axes.yaxis)
     axes.set_xlabel("nested exits after which L0 pulls the rare fields, %")
     axes.set_ylabel("round-trip saving per nested exit,\nTSC cycles (5 to 95 %)")
     axes.legend(title="verdict (mixes)", loc="upper right", bbox_to_anchor=(1, 0.99), frameon=False)
@@ -329,7 +336,7 @@ def _interval(
     )
 
 
-def _legend_of_savings(axes: Axes, verdicts: set[str]) -> None:
+def _legend_of_savings(figure: Figure, verdicts: set[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=SKY, marker="|", linewidth=1.5, label="exit leg")]
@@ -337,8 +344,7 @@ def _legend_of_savings(axes: Axes, verdicts: set[str]) -> None:
         if verdict in verdicts:
             label = f"round trip: {verdict}"
             handles.append(Line2D([], [], color=colour, marker=marker, linewidth=3, label=label))
-    figure = axes.figure
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False)
+    legend(figure, len(handles), handles=handles)
 
 
 def _one_row_per_mix(frame: pd.DataFrame) -> None:
@@ -400,6 +406,8 @@ def _finding_of_pulls(frame: pd.DataFrame) -> str:
     if above.any():
         lost = int((saving[above] < 0).sum())
         parts.append(f"{_of(lost, int(above.sum()), 'lose')} above it")
+    if not parts and frame["pulls_share"].any():
+        return "A pull has no price here, so there is no break-even rate"
     if not parts:
         return "Nothing is ever pulled, so nothing is saved or lost"
     if not below.any():

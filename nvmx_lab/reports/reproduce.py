@@ -117,6 +117,8 @@ def reproduce(
         # The front page goes first and comes back last: it never speaks of reports not there.
         site.withdraw(out)
         outcome = batch.run(tasks, held, jobs=workers)
+        if not outcome.reports:  # nothing to lead to
+            return Reproduction(out, out / "index.html", 0, 0, tuple(outcome.failures))
         return _gather(out, outcome, shared, names, reused=reused)
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from nvmx_lab.errors import LabError
+from nvmx_lab.notebook_parameters import AcrossWorkloadMixes
 from nvmx_lab.reports import files, html
 from nvmx_lab.reports.fragment import BADGES
-from nvmx_lab.reports.summary import Row, Sign, headline, sign_of
+from nvmx_lab.reports.summary import Row, Sign, by_saving, headline
 
 # Files of the site's own; a page of another's making is never written over.
 _OWN: Final = ("index.html", "run.json", "summary.csv", "summary.parquet")
 _MARK: Final = '<meta name="generator" content="nvmx-lab">'
 
+# The report whose section of this name sets simulated totals beside published ones.
+_TESTED, _SECTION = f"{AcrossWorkloadMixes.notebook}.html", "do-the-totals-hold"
 _STYLE: Final[Mapping[Sign, str]] = {
     "gain": "gain",
     "loss": "loss",
@@ -52,7 +55,7 @@ def write(
     out : Path
         The folder of reports.
     rows : sequence of Row
-        One per mix.
+        One per mix, in any order: the page has the largest saving on the round trip first.
     pages : mapping of str to str
         File of each mix's report, by the mix.
     links : sequence of Link
@@ -72,10 +75,11 @@ def write(
             window_title="nvmx_lab \u2013 what the patch saves",
             title="What syncing rare guest fields only when needed saves",
             sentences=headline(rows),
-            rows=[_shown(row, pages[row.mix], low, high) for row in rows],
+            rows=[_shown(row, pages[row.mix], low, high) for row in by_saving(rows)],
             ticks=[(tick, _place(tick, low, high)) for tick in ticks],
             zero=_place(0.0, low, high),
             links=links,
+            tested=next((f"{link.href}#{_SECTION}" for link in links if link.href == _TESTED), ""),
             failures=failures,
             before=before,
             after=after,
@@ -119,10 +123,9 @@ def _shown(row: Row, page: str, low: float, high: float) -> dict[str, Any]:
         "reads": f"{row.rare_vmreads_saved_per_exit:.1f}".replace("-", "\N{MINUS SIGN}"),
         "exit_leg": _cycles(row.exit_leg),
         "round_trip": _cycles(row.round_trip),
-        "range": _places(row.exit_leg, low, high),
-        "style": _STYLE[sign_of(row.exit_leg)],
+        "range": _places(row.round_trip, low, high),
+        "style": _STYLE[row.sign],
         "verdict": row.verdict,
-        "verdict_style": _STYLE[row.sign],
     }
 
 
@@ -139,8 +142,8 @@ def _cycles(interval: tuple[float, float, float] | None) -> tuple[str, str] | No
 
 
 def _axis(rows: Iterable[Row]) -> tuple[float, float, list[int]]:
-    """Return an axis that holds zero and every interval, and round ticks on it."""
-    ends = [0.0, *(end for row in rows if row.exit_leg for end in row.exit_leg)]
+    """Return an axis that holds zero and every interval of a round trip, and round ticks on it."""
+    ends = [0.0, *(end for row in rows if row.round_trip for end in row.round_trip)]
     low, high = min(ends), max(ends)
     span = max(high - low, 1.0)
     step = next(

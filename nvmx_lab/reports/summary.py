@@ -168,19 +168,60 @@ def headline(checked: Sequence[Row]) -> list[str]:
             f"{_span(middles, ',.0f')} cycles in the median "
             f"(intervals from {_signed(min(lows))} to {_signed(max(highs))})."
         )
-    lost = [row for row in checked if row.sign == "loss"]
-    if lost:
-        worst = min(lost, key=lambda row: row.round_trip[1] if row.round_trip else 0.0)
-        assert worst.round_trip is not None  # noqa: S101 - a loss has an interval
-        said.append(
-            f"The largest loss is {worst.title}: {_signed(-worst.round_trip[1])} cycles per round "
-            f"trip, with a pull after {100 * worst.pulls_share:.0f} % of its exits."
-        )
+    said += _largest_loss(checked)
     untouched = [row for row in checked if row.sign == "none"]
     if untouched:
-        titles = ", ".join(row.title for row in untouched)
+        titles = _listed([row.title for row in untouched])
         said.append(f"The patch changes nothing for {titles}.")
     return said
+
+
+def _largest_loss(checked: Sequence[Row]) -> list[str]:
+    """Say which mix loses most, or which do if a reader could not tell their losses apart."""
+    losses = {
+        row.mix: _signed(-row.round_trip[1])
+        for row in checked
+        if row.sign == "loss" and row.round_trip
+    }
+    if not losses:
+        return []
+    worst = min((row for row in checked if row.mix in losses), key=_by_round_trip)
+    loss = losses[worst.mix]
+    tied = [row for row in checked if losses.get(row.mix) == loss]
+    pulls = f"a pull after {_span([100 * row.pulls_share for row in tied], '.0f')} %"
+    if len(tied) == 1:
+        return [
+            f"The largest loss is {worst.title}: {loss} cycles per round trip, with {pulls} of its "
+            "exits."
+        ]
+    # More than two titles would be a list, and the table has them.
+    which = _listed([row.title for row in tied]) if len(tied) == 2 else f"{len(tied)} mixes"
+    return [
+        f"The largest loss, {loss} cycles per round trip, is that of {which}, with {pulls} of "
+        "their exits."
+    ]
+
+
+def by_saving(checked: Iterable[Row]) -> list[Row]:
+    """Return the rows from the largest saving on the round trip to the largest loss.
+
+    Rows whose round trip has no price come last.
+    """
+    rows = list(checked)
+    priced = [row for row in rows if row.round_trip]
+    return [
+        *sorted(priced, key=lambda row: (-_by_round_trip(row), row.mix)),
+        *(row for row in rows if not row.round_trip),
+    ]
+
+
+def _by_round_trip(row: Row) -> float:
+    return row.round_trip[1] if row.round_trip else 0.0
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """Join with commas, and "and" before the last."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _verdicts(checked: Sequence[Row]) -> str:
@@ -196,7 +237,7 @@ def _verdicts(checked: Sequence[Row]) -> str:
         count = sum(row.sign == sign for row in checked)
         if count:
             parts.append(f"{count} {one if count == 1 else many}")
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return _listed(parts)
 
 
 def _interval(

@@ -20,10 +20,12 @@ BLIND = "skylake-2015-blind"
 """The price list made without the patch's own measurement."""
 
 _CLAIM = "A"  # in claims.csv: what the patch's author measured
-_NO_PULLS, _BELOW, _ABOVE = (
+_PATCH = "patch13"  # the patch itself, among the features of a release
+_NO_PULLS, _BELOW, _ABOVE, _UNPRICED = (
     "copies everything at once",
     "pulls below break-even",
     "pulls above break-even",
+    "pulls at an unknown price",
 )
 _SPACE = "\N{NO-BREAK SPACE}"  # a number does not part from its unit, an interval stays on a line
 _WHY = {
@@ -32,6 +34,7 @@ _WHY = {
     _BELOW: "Most exits skip the rare fields and never come back for them.",
     _ABOVE: "L1 comes back for a rare field, or dirties vmcs12, so often that the switches of VMCS "
     "cost more than the reads that are skipped.",
+    _UNPRICED: "A pull has no price in this list, so there is no break-even rate to compare with.",
 }
 
 
@@ -121,13 +124,13 @@ def prediction(mix: str, *, kvm: tuple[str, str], cpu: str, exits: int, seed: in
     -------
     DataFrame
         Index says what; columns basis ("simulated", "published"), p05, p50, p95 (cycles per exit),
-        "fitted to the claim" (whether a price is).
+        "fitted to the claim" (whether a price is). The claim itself is a row only where the patch
+        is all that the second release adds: it says nothing about other changes.
     """
     import pandas as pd
 
     lists = list(dict.fromkeys([cpu, BLIND]))
     simulated = sweep([mix], kvm=[kvm], cpu=lists, exits=exits, seed=seed)
-    claim, _ = published.claimed_saving()
     rows: list[dict[str, Any]] = [
         {
             "saving on the exit leg": f"by the prices of {name}",
@@ -137,23 +140,38 @@ def prediction(mix: str, *, kvm: tuple[str, str], cpu: str, exits: int, seed: in
         }
         for name, row in zip(lists, _rows(simulated), strict=True)
     ]
-    said = {"saving on the exit leg": "as the patch's author measured, about", "basis": "published"}
-    rows.append({**said, "p50": claim, "fitted to the claim": "is the claim"})
+    if _adds_the_patch_alone(*kvm):
+        rows.append(
+            {
+                "saving on the exit leg": "as the patch's author measured, about",
+                "basis": "published",
+                "p50": published.claimed_saving()[0],
+                "fitted to the claim": "is the claim",
+            }
+        )
     return pd.DataFrame(rows).set_index("saving on the exit leg")
 
 
 def of_pulls(comparison: Comparison) -> str:
     """Return how often L1 forces a pull, and how often it may, as Markdown."""
     even, after = comparison.break_even_pull_rate, comparison.results[1]
-    if even is None:
+    if comparison.evmcs:
         return (
             f"{badge('simulated')} On this mix nothing is left to pull: L1 reads an enlightened "
             f"VMCS straight from memory, so L0 copies all {after.rare_vmreads_per_exit:.0f} rare "
             "fields within the exit leg."
         )
-    return (
+    pulls = (
         f"{badge('simulated')} L0 pulls after **{_share(after.pulls_share)}** of the exits of "
-        f"this mix. A lazy sync breaks even at **{_share(even['p50'])}** "
+        "this mix."
+    )
+    if even is None:
+        return (
+            f"{pulls} {comparison.cpu} has no price for some part of a pull, so there is no "
+            "break-even rate to compare this with."
+        )
+    return (
+        f"{pulls} A lazy sync breaks even at **{_share(even['p50'])}** "
         f"(90 % interval {_share(even['p05'])} to {_share(even['p95'])}): that is what the skipped "
         "reads are worth, divided by what a pull costs."
     )
@@ -211,8 +229,6 @@ def published_table(frame: pd.DataFrame) -> pd.DataFrame:
 def answer(comparison: Comparison, predicted: pd.DataFrame, totals: pd.DataFrame) -> str:
     """Return the answer to "what does the change save on this mix?", as Markdown."""
     first, second = comparison.results
-    claim, source = published.claimed_saving()
-    source, _, _ = source.partition(";")  # the commit
     leg, trip = comparison.saving["exit_leg_cycles"], comparison.saving["round_trip_cycles"]
     verdicts = {
         "saves": "It saves.",
@@ -235,28 +251,43 @@ def answer(comparison: Comparison, predicted: pd.DataFrame, totals: pd.DataFrame
         "executed logs of KVM, exit by exit. Cycles are these counts times a price list; nothing "
         "here was timed.",
     ]
-    if (first.sync, second.sync) == (
-        "eager",
-        "lazy",
-    ) and comparison.break_even_pull_rate is not None:
-        rests = predicted["fitted to the claim"].iloc[0] == "yes"
-        blind = predicted.iloc[len(predicted) - 2]
-        inside = "inside" if blind["p05"] <= claim <= blind["p95"] else "outside"
-        lines.append(
-            f"- {badge('published')} About {claim:.0f} cycles per nested exit ({source}). "
-            + (
-                f"The prices of {comparison.cpu} are fitted to that number, so it is reproduced, "
-                "not predicted. "
-                if rests
-                else f"No price of {comparison.cpu} is fitted to it. "
-            )
-            + f"Prices made without it predict {_words(blind)}: the published number is {inside}."
+    if not _adds_the_patch_alone(first.kvm, second.kvm):
+        others = len(_other_features(first.kvm, second.kvm))
+        why = (
+            f"these two releases differ in {_features(others)}"
+            if others
+            else "the second of these releases does not add it"
         )
+        lines.append(
+            "- What the patch's author measured is about the patch alone. It is not set beside "
+            f"this saving: {why}."
+        )
+    elif (first.sync, second.sync) == ("eager", "lazy") and not comparison.evmcs:
+        lines.append(f"- {badge('published')} {_of_claim(comparison, predicted)}")
     lines.append(f"- {of_published(totals)}")
     weak = assumed_prices(comparison)
     if weak:
         lines.append(f"- {badge('assumed')} {weak}")
     return "\n".join(lines)
+
+
+def _of_claim(comparison: Comparison, predicted: pd.DataFrame) -> str:
+    """Set the saving beside what the patch's author measured."""
+    claim, source = published.claimed_saving()
+    commit, _, _ = source.partition(";")
+    fitted = predicted["fitted to the claim"].iloc[0] == "yes"
+    blind = predicted[predicted["basis"] == "simulated"].iloc[-1]
+    inside = "inside" if blind["p05"] <= claim <= blind["p95"] else "outside"
+    return (
+        f"About {claim:.0f} cycles per nested exit ({commit}). "
+        + (
+            f"The prices of {comparison.cpu} are fitted to that number, so it is reproduced, "
+            "not predicted. "
+            if fitted
+            else f"No price of {comparison.cpu} is fitted to it. "
+        )
+        + f"Prices made without it predict {_words(blind)}: the published number is {inside}."
+    )
 
 
 def assumed_prices(comparison: Comparison) -> str:
@@ -338,7 +369,7 @@ def groups(frame: pd.DataFrame) -> pd.DataFrame:
                 "which": ", ".join(sorted(some["mix"])),
             }
         )
-    order = [_BELOW, _ABOVE, _NO_PULLS]
+    order = [_BELOW, _ABOVE, _UNPRICED, _NO_PULLS]
     return (
         pd.DataFrame(rows)
         .set_index("group")
@@ -360,7 +391,7 @@ def answer_for_all(frame: pd.DataFrame, cpu: str) -> str:
     blind = frame[frame["cpu"] == BLIND]
     lines = [f"**{_tally(own)}**", ""]
     of_group = _group_of(own)
-    for name in (_BELOW, _ABOVE, _NO_PULLS):
+    for name in (_BELOW, _ABOVE, _UNPRICED, _NO_PULLS):
         some = own[of_group == name]
         if some.empty:
             continue
@@ -369,15 +400,13 @@ def answer_for_all(frame: pd.DataFrame, cpu: str) -> str:
             f"- {_count(len(some))} whose L0 {name}: {_range(middles, _number)} cycles in the "
             f"median. {_WHY[name]}"
         )
-    releases = {str(r) for c in ("kvm_before", "kvm_after") for r in own[c]}
-    differ = frozenset[str]().union(
-        *(release(r).features for r in releases)
-    ) - frozenset.intersection(*(release(r).features for r in releases))
-    if differ - {"patch13"}:
+    others = len(_other_features(*own["kvm_before"], *own["kvm_after"]))
+    if others:
+        which = "which is" if others == 1 else "which are"
         lines += [
             "",
-            f"The reasons speak of the sync alone; the releases differ in "
-            f"{len(differ - {'patch13'})} more features, which are in the cycles too.",
+            f"The reasons speak of the sync alone; the releases differ in {_features(others)}, "
+            f"{which} in the cycles too.",
         ]
     both = own.set_index("mix")["verdict"].to_frame("own").join(blind.set_index("mix")["verdict"])
     changed = both[both["own"] != both["verdict"]]
@@ -404,9 +433,9 @@ def answer_for_all(frame: pd.DataFrame, cpu: str) -> str:
         "",
         f"{badge('executed')} In logged runs of KVM 6.1, a Linux L2 booting under an L1 with "
         f"kernel-stack randomization (the default of many distributions) made L0 pull after "
-        f"{_share(runs['kvm61_lazy_linux_l2'])} of the exits; the same micro-guest pulled after "
-        f"{_share(runs['kvm61_lazy_shadow'])} with the randomization and "
-        f"{_share(runs['kvm61_lazy_shadow_nokstack'])} without.",
+        f"{_share(runs['kvm61_lazy_linux_l2'])} of the exits. A micro-guest that provokes "
+        f"each kind of exit a hundred times made it pull after {_share(runs['kvm61_lazy_shadow'])} "
+        f"with the randomization and {_share(runs['kvm61_lazy_shadow_nokstack'])} without.",
         "",
         f"{badge('assumed')} VMPTRLD, of which a pull has two, has no published price: the "
         "break-even rate, and what a mix near it does, rest on an assumption.",
@@ -487,8 +516,9 @@ def answer_for_cycles(frame: pd.DataFrame, totals: pd.DataFrame) -> str:
         f"Under {after} about {_number(rare_after['cycles_p50'].sum())} cycles go to the rare "
         f"fields ({rare_after['instructions'].sum():.1f} VMREADs)"
         + _where(rare_after)
-        + f", and switches of VMCS take about {_number(_of(second, 'switch of VMCS'))} cycles "
-        f"instead of {_number(_of(first, 'switch of VMCS'))}.",
+        + f", and switches of VMCS take about {_number(_of(second, 'switch of VMCS'))} cycles"
+        + _than_before(_of(first, "switch of VMCS"), _of(second, "switch of VMCS"))
+        + ".",
         "",
         f"- {badge('simulated')} Instructions by step: the model's own trace, in the order and the "
         "functions in which KVM runs them.",
@@ -514,6 +544,13 @@ def _of(side: pd.DataFrame, step: str) -> float:
     return float(side.loc[side["step"] == step, "cycles_p50"].sum())
 
 
+def _than_before(before: float, after: float) -> str:
+    """Say what was instead of the second, unless a reader would see the same number twice."""
+    if _number(before) == _number(after):
+        return ", as before"
+    return f" instead of {_number(before)}"
+
+
 def _software(side: pd.DataFrame) -> float:
     return float(side.loc[side["step"].str.startswith("software of"), "cycles_p50"].sum())
 
@@ -526,8 +563,28 @@ def _where(rare: pd.DataFrame) -> str:
 def _group_of(frame: pd.DataFrame) -> pd.Series:
     """Return the group of each mix: whether anything is pulled, and how often."""
     even = frame["break_even_pull_rate_p50"].astype(float)
-    group = frame["pulls_share"].lt(even).map({True: _BELOW, False: _ABOVE})
-    return group.mask(even.isna(), _NO_PULLS).rename("group")
+    pulls, saved = frame["pulls_share"], frame["rare_vmreads_saved_per_exit"]
+    group = pulls.lt(even).map({True: _BELOW, False: _ABOVE})
+    # No rate: nothing is ever skipped or pulled, or a pull has no price. None is below any price.
+    group = group.mask(even.isna(), _NO_PULLS)
+    group = group.mask(even.isna() & (saved > 0) & (pulls == 0), _BELOW)
+    return group.mask(even.isna() & (pulls > 0), _UNPRICED).rename("group")
+
+
+def _other_features(*releases: str) -> frozenset[str]:
+    """Return the features, the patch apart, that some of the releases have and others lack."""
+    sets = [release(str(name)).features for name in dict.fromkeys(releases)]
+    return frozenset.union(*sets) - frozenset.intersection(*sets) - {_PATCH}
+
+
+def _adds_the_patch_alone(before: str, after: str) -> bool:
+    """Return whether the second release is the first with the patch, which the claim is about."""
+    has = [_PATCH in release(name).features for name in (before, after)]
+    return has == [False, True] and not _other_features(before, after)
+
+
+def _features(number: int) -> str:
+    return "one feature besides it" if number == 1 else f"{number} features besides it"
 
 
 def _tally(frame: pd.DataFrame) -> str:

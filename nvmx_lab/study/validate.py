@@ -40,12 +40,15 @@ class Agreement:
         Total of the model over total of the log; None if not logged or zero in both.
     model, logged : float or None
         The totals.
+    first_difference : int or None
+        Number of the first exit on which they differ.
     """
 
     exact_share: float | None
     ratio: float | None
     model: float
     logged: float | None
+    first_difference: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class RunValidation:
                     "ratio": a.ratio,
                     "model": a.model,
                     "logged": a.logged,
+                    "first_difference": a.first_difference,
                 }
                 for name, a in self.agreement.items()
             },
@@ -141,11 +145,13 @@ def validate_run(run: ExecutedRun) -> RunValidation:
             agreement[name] = Agreement(None, None, float(ours.sum()), None)
             continue
         total = float(theirs.sum())
+        different = np.flatnonzero(ours != theirs)
         agreement[name] = Agreement(
             exact_share=float(np.mean(ours == theirs)),
             ratio=float(ours.sum()) / total if total else (1.0 if not ours.any() else None),
             model=float(ours.sum()),
             logged=total,
+            first_difference=int(run.logged["exit"].iloc[different[0]]) if different.size else None,
         )
     left_out = None if np.isnan(run.not_compared) else run.not_compared
     return RunValidation(run.name, len(model), agreement, left_out, run.initial_state)
@@ -212,6 +218,10 @@ def as_table(results: Sequence[RunValidation]) -> str:
         share = r.instructions_not_compared
         left_out = "-" if share is None else f"{share:.0%}"
         lines.append(f"{r.run:{width}}{r.exits:>7}" + "".join(cells) + f"{left_out:>10}")
+    for r in results:
+        for name in MUST_AGREE:
+            if (exit_number := r.agreement[name].first_difference) is not None:
+                lines.append(f"{r.run}: {name} differ first at exit {exit_number}")
     lines.append(
         "exact: share of the exits that agree; ratio: total of the model over total of the log. "
         "Left out: share of L0's\ninstructions in stretches that are no path of KVM, the idle wait "

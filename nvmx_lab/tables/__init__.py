@@ -25,6 +25,7 @@ __all__ = ["Fault", "check", "report"]
 # L1's software is priced like L0's, by cycles per instruction; see nvmx_lab.costs.prices.
 _PRICED = frozenset(PRIMITIVES) - {"l0_instructions", "l1_instructions", "l1_vmread", "l1_vmwrite"}
 _NOT_TABLES = ("README.md",)
+_FOLDERS = ("cpus", "executed", "l1_handlers", "mixes")  # none of them may be empty
 _T = TypeVar("_T")
 
 
@@ -57,6 +58,9 @@ def check(root: Path | None = None) -> list[Fault]:
 
 
 def _check(files: Mapping[str, Path]) -> Iterator[Fault]:
+    for folder in _FOLDERS:
+        if not any(name.startswith(f"{folder}/") for name in files):
+            yield Fault(f"{folder}/", None, "", "folder missing or empty")
     tables: dict[str, tuple[Table, list[Row], list[str]]] = {}
     documents: dict[str, tuple[Section, Document]] = {}
     parquet: dict[str, Path] = {}

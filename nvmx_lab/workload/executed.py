@@ -229,6 +229,8 @@ def _checked(values: pd.Series[Any], file: Path) -> pd.Series[Any]:
         raise LabError("not a number", where=where, got=str(values.iloc[0])[:40]) from None
     if numbers.isna().any() or not (numbers == numbers.round()).all():
         raise LabError("not whole numbers, or some are missing", where=where)
+    if values.name != "field" and (numbers < 0).any():
+        raise LabError("a count is negative", where=where, got=int(numbers.min()))
     return numbers.astype("int64")
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from nvmx_lab.nested.config import Config
-from nvmx_lab.nested.model import Nvmx, Trace
+from nvmx_lab.nested.model import Nvmx, Trace, VmFail
 from nvmx_lab.nested.ops import parse
 
 VMX = ("VMREAD", "VMWRITE", "VMPTRLD", "VMCLEAR")
@@ -303,3 +303,16 @@ def test_entries_repeat_all_checks_while_controls_are_written_each_time(kvm, che
     executes(model, "EXIT CPUID", "VMRESUME")
     executes(model, "EXIT CPUID", "VMRESUME")
     assert model.trace.control_checks == checks
+
+
+@pytest.mark.parametrize(("shadow_vmcs", "clears"), [(True, 2), (False, 1)])
+def test_vmxon_and_vmxoff_clear_vmcs02_and_the_shadow_vmcs(shadow_vmcs, clears):
+    """alloc_loaded_vmcs, alloc_shadow_vmcs and free_nested: a VMCS is cleared at both ends."""
+    nvmx = Nvmx(Config.of("5.3", shadow_vmcs=shadow_vmcs))
+    for instruction in (nvmx.vmxon, nvmx.vmxoff):
+        nvmx.trace = Trace()
+        assert instruction() is None
+        assert [access.op for access in nvmx.trace.accesses].count("VMCLEAR") == clears
+        assert nvmx.trace.transitions == 1
+    nvmx.vmxon()
+    assert nvmx.vmxon() == VmFail(15)

@@ -23,6 +23,7 @@ RUNS = (
     *("kvm61_lazy_shadow_16_32bit", "kvm61_lazy_shadow_nokstack", "kvm61_lazy_two_l2_vcpus"),
     "kvm61_lazy_xen_l1",
 )
+TABLES = ("exits", "l1_ops")
 LARGE = ("kvm61_lazy_linux_l2", "kvm61_lazy_xen_l1")  # whole systems: a lower bar
 
 
@@ -100,6 +101,53 @@ def test_a_run_without_shadow_vmcs(tmp_path, results, run):
         # What the model misses (interrupts on the way) it misses with and without a shadow VMCS.
         assert got.agreement[name].exact_share == results[run].agreement[name].exact_share
         assert got.agreement[name].ratio == pytest.approx(1, abs=0.01)
+
+
+def test_a_log_that_ends_before_the_last_entry_loses_that_exit_only(tmp_path, results):
+    run = "kvm61_lazy_shadow"
+    ops = runs.read(run, "l1_ops")
+    last = ops["exit"].max()
+    cut = ops[~((ops["exit"] == last) & (ops["op"] == "VMRESUME"))]
+    (got,) = validate(runs.write(tmp_path, runs.read(run, "exits"), cut))
+    assert got.ok
+    assert got.exits == results[run].exits - 1
+
+
+@pytest.mark.parametrize("run", ["kvm61_lazy_linux_l2", "kvm61_lazy_xen_l1"])
+@pytest.mark.parametrize("phase", ["boot", None])
+def test_the_names_of_phases_do_not_matter_with_a_shadow_vmcs(tmp_path, results, run, phase):
+    exits = runs.read(run, "exits")
+    exits = exits.drop(columns="phase") if phase is None else exits.assign(phase=phase)
+    (got,) = validate(runs.write(tmp_path, exits, runs.read(run, "l1_ops")))
+    for name in (*MUST_AGREE, "vmread", "vmwrite"):
+        assert got.agreement[name] == results[run].agreement[name]
+
+
+@pytest.mark.parametrize(
+    ("run", "start"), [("kvm61_lazy_linux_l2", 3000), ("kvm61_lazy_xen_l1", 2000)]
+)
+def test_a_log_that_starts_late_finds_its_state(tmp_path, run, start):
+    """By then L2 shares the host's EFER and has its APIC in x2APIC mode; no write says so."""
+    exits, ops = (table[table["exit"] >= start] for table in (runs.read(run, t) for t in TABLES))
+    (got,) = validate(runs.write(tmp_path, exits, ops))
+    assert got.ok
+    assert set(got.initial_state) == {"efer_host", "x2apic"}
+    for name in ("vmread", "vmwrite"):
+        assert got.agreement[name].exact_share >= 0.9
+        assert got.agreement[name].ratio == pytest.approx(1, abs=0.01)
+
+
+def test_an_entry_that_failed_costs_its_copy_of_the_shadow_vmcs(tmp_path):
+    run = "kvm61_lazy_shadow_nokstack"
+    exits, ops = (table[table["exit"] < 60] for table in (runs.read(run, t) for t in TABLES))
+    ops = ops.assign(op=ops["op"].astype(str), seq=2 * ops["seq"])
+    entry = ops[(ops["exit"] == 40) & (ops["op"] == "VMRESUME")]
+    (plain,) = validate(runs.write(tmp_path / "plain", exits, ops))
+    twice = pd.concat([ops, entry.assign(seq=entry["seq"] - 1)])
+    (got,) = validate(runs.write(tmp_path / "failed", exits, twice))
+    more = {n: got.agreement[n].model - plain.agreement[n].model for n in (*MUST_AGREE, "vmread")}
+    # 24 fields, and around them: why, what, whether L1 may, RFLAGS and the skipped instruction.
+    assert more == {"pulls": 0, "vmptrld": 2, "vmclear": 1, "vmread": 24 + 10}
 
 
 def test_a_run_without_segments_and_l0_ops(tmp_path, results):
