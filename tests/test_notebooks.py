@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 
 import nbformat
 import papermill
 import pytest
 
+import nvmx_lab as nx
 from nvmx_lab import notebook_parameters
+from nvmx_lab.costs.prices import DEFAULT
 from nvmx_lab.reports import html, inputs, kernel, result, summary
 from nvmx_lab.study import narrative, published
 
@@ -145,6 +148,7 @@ def test_one_mix(run, page_of_notebook, mix):
     else:
         assert row.verdict == "no difference"
         assert "takes as long" in said
+        assert "- published" not in said
         assert "nothing is left to pull" in said
 
 
@@ -173,6 +177,8 @@ def test_all_mixes(run, page_of_notebook):
     said = text_of(notebook)
     assert "Of 3 mixes, the change clearly saves on 1, clearly costs on 1" in said
     assert "44.2 %" in said
+    assert "A micro-guest that provokes each kind of exit" in said
+    assert "other than the patch" not in said
     first, second, third = alts(notebook)
     for mix in chosen:
         assert mix in first
@@ -195,8 +201,55 @@ def test_another_pair_of_releases_and_blind_prices(run, page_of_notebook):
     given = {"kvm_before": "5.3", "kvm_after": "6.1", "cpu": "skylake-2015-blind"}
     said = text_of(run(ONE, mix=STEADY, **given))
     assert "KVM 6.1 (lazy) against KVM 5.3 (lazy)" in said
+    assert "What the patch's author measured is about the patch alone" in said
+    assert "About 200 cycles" not in said
     page_of_notebook(run(CYCLES, mix=STEADY, **given), CYCLES)
     page_of_notebook(run(ALL, mixes=[STEADY], **given), ALL)
+
+
+def test_the_claim_is_set_beside_the_patch_alone():
+    def shown(before, after):
+        kvm = (before, after)
+        comparison = nx.compare(STEADY, kvm=kvm, exits=300)
+        predicted = narrative.prediction(STEADY, kvm=kvm, cpu=DEFAULT, exits=300, seed=1)
+        said = narrative.answer(comparison, predicted, published.against_published([], exits=300))
+        return list(predicted["basis"]), said
+
+    basis, said = shown("5.2", "5.2+patch13")
+    assert basis == ["simulated", "simulated", "published"]
+    assert "About 200 cycles per nested exit" in said
+    for pair, why in {
+        ("5.2", "5.3"): "differ in 9 features other than the patch",
+        ("5.2", "5.2+patch13+ibpb"): "differ in one feature other than the patch",
+        ("5.2+patch13", "5.2"): "does not add it",
+    }.items():
+        basis, said = shown(*pair)
+        assert basis == ["simulated", "simulated"]
+        assert "About 200 cycles" not in said
+        assert "is about the patch alone" in said
+        assert why in said
+
+
+def test_a_pull_without_a_price_is_not_an_enlightened_vmcs():
+    pulling = nx.compare(PULLING, exits=300)
+    unpriced = dataclasses.replace(pulling, break_even_pull_rate=None)
+    said = narrative.of_pulls(unpriced).replace("\N{NO-BREAK SPACE}", " ")
+    assert "of this mix. skylake-2015 has no price for some part of a pull" in said
+    assert "enlightened" not in said
+    assert "enlightened" in narrative.of_pulls(nx.compare(ENLIGHTENED, exits=300))
+    frame = nx.sweep([STEADY, PULLING, ENLIGHTENED], cpu=[DEFAULT], exits=300)
+    assert list(narrative.groups(frame)["which"]) == [STEADY, PULLING, ENLIGHTENED]
+    without = narrative.groups(frame.assign(break_even_pull_rate_p50=None))
+    assert without.loc["copies everything at once", "which"] == ENLIGHTENED
+    assert PULLING in without.loc["pulls at an unknown price", "which"]
+
+
+@pytest.mark.parametrize(
+    ("mix", "said"), [(STEADY, "cycles, as before."), (PULLING, "cycles instead of 1,")]
+)
+def test_equal_cycles_are_not_said_twice(mix, said):
+    steps = nx.breakdown(mix, exits=300)
+    assert said in narrative.answer_for_cycles(steps, published.against_published([], exits=300))
 
 
 @pytest.mark.slow

@@ -113,7 +113,8 @@ def breakdown(frame: pd.DataFrame) -> Plot:
     thousands(axes.xaxis)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    note = f"; {left_out} steps below {_SMALLEST_CYCLES:.0f} cycles not drawn" if left_out else ""
+    few = "one step" if left_out == 1 else f"{left_out} steps"
+    note = f"; {few} below {_SMALLEST_CYCLES:.0f} cycles not drawn" if left_out else ""
     axes.set_xlabel(f"TSC cycles per nested exit (median, 5 to 95 % of the price draws{note})")
     _legend_of_steps(figure, names)
     finding = _finding_of_steps(frame, names, of_side)

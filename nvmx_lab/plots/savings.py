@@ -190,7 +190,7 @@ def comparison(frame: pd.DataFrame) -> Plot:
     total.set_xlim(left=0)
     thousands(total.xaxis)
     thousands(difference.xaxis)
-    whole_cycles(difference.xaxis)
+    whole_cycles(difference.xaxis, ticks=4)
     total.set_xlabel("TSC cycles per nested exit")
     total.set_title("Cost: its uncertainty is mostly common to both", fontsize=10, loc="left")
     difference.axvline(0, color=BLACK, linewidth=1)
@@ -420,7 +420,9 @@ def _of(some: int, whole: int, verb: str) -> str:
     """Say how many of some mixes do what the verb says."""
     if whole == 1:
         return f"the one mix {verb}s" if some else f"the one mix does not {verb}"
-    return f"all {whole} mixes {verb}" if some == whole else f"{some} of {whole} mixes {verb}"
+    if some == whole:
+        return f"{'both' if whole == 2 else f'all {whole}'} mixes {verb}"
+    return f"{some} of {whole} mixes {verb}"
 
 
 def _label_between(axes: Axes, frame: pd.DataFrame, even: float | None) -> None:

@@ -17,8 +17,8 @@ from nvmx_lab.reports.summary import Row, Sign, by_saving, headline
 _OWN: Final = ("index.html", "run.json", "summary.csv", "summary.parquet")
 _MARK: Final = '<meta name="generator" content="nvmx-lab">'
 
-# The report whose section of this name sets simulated totals beside published ones.
-_TESTED, _SECTION = f"{AcrossWorkloadMixes.notebook}.html", "do-the-totals-hold"
+# The report that sets simulated totals beside published ones.
+_TESTED: Final = f"{AcrossWorkloadMixes.notebook}.html"
 _STYLE: Final[Mapping[Sign, str]] = {
     "gain": "gain",
     "loss": "loss",
@@ -79,7 +79,7 @@ def write(
             ticks=[(tick, _place(tick, low, high)) for tick in ticks],
             zero=_place(0.0, low, high),
             links=links,
-            tested=next((f"{link.href}#{_SECTION}" for link in links if link.href == _TESTED), ""),
+            tested=next((link.href for link in links if link.href == _TESTED), ""),
             failures=failures,
             before=before,
             after=after,

@@ -525,7 +525,7 @@ def answer_for_cycles(frame: pd.DataFrame, totals: pd.DataFrame) -> str:
         f"- {badge('assumed')} Software between the VMX instructions is "
         f"{_share(_software(first) / whole)} of the cycles: counted instructions times 0.5 to 1.5 "
         f"cycles each, which nobody has measured. It differs by about "
-        f"{_number(abs(_software(first) - _software(second)))} cycles between the two, so it "
+        f"{_cycles(abs(_software(first) - _software(second)))} between the two, so it "
         "widens the totals much more than the saving.",
         f"- {of_published(totals)}",
     ]
@@ -584,7 +584,7 @@ def _adds_the_patch_alone(before: str, after: str) -> bool:
 
 
 def _features(number: int) -> str:
-    return "one feature besides it" if number == 1 else f"{number} features besides it"
+    return f"{'one feature' if number == 1 else f'{number} features'} other than the patch"
 
 
 def _tally(frame: pd.DataFrame) -> str:
@@ -610,6 +610,11 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def _number(value: float) -> str:
     text = f"{value:,.0f}"
     return "0" if text == "-0" else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _cycles(value: float) -> str:
+    text = _number(value)
+    return f"{text} cycle" if text == "1" else f"{text} cycles"
 
 
 def _words(values: Mapping[str, Any] | pd.Series) -> str:

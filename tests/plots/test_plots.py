@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
 
@@ -158,6 +158,64 @@ def test_the_same_frame_gives_the_same_bytes(draw, frame):
     assert shared.png(draw(frame).figure) == shared.png(draw(frame).figure)
 
 
+LONG_MIX = "x2apic-self-ipi-tpr-sti-hlt"
+LONG_KVM = ("5.2+patch07+patch08+patch09", "5.3+ibpb+migration-sync+light-pull")
+
+
+def lengthened(frame):
+    """Return a frame with the longest names and values of its kind."""
+    frame = frame.copy()
+    if "mix" in frame:
+        frame["mix"] = [f"{LONG_MIX[: -len(mix)]}{mix}" for mix in frame["mix"]]
+    if "kvm" in frame:
+        first = frame["kvm"].iloc[0]
+        frame["kvm"] = [kvm if "s" in kvm else LONG_KVM[int(kvm != first)] for kvm in frame["kvm"]]
+    cycles = [name for name in frame if "cycles" in name]
+    return frame.assign(**{name: frame[name] * 222.2 for name in cycles})
+
+
+@pytest.mark.parametrize(("draw", "frame"), ALL)
+def test_no_text_sticks_out_of_the_figure(draw, frame):
+    for given_ in (frame, lengthened(frame)):
+        figure = draw(given_).figure
+        figure.draw_without_rendering()  # lays out
+        drawn = figure.get_tightbbox()  # inches
+        width, height = figure.get_size_inches()
+        assert min(drawn.x0, drawn.y0) > -0.01
+        assert drawn.x1 < width + 0.01
+        assert drawn.y1 < height + 0.01
+
+
+@given(st.lists(st.text("0123456789,W; abi", min_size=1, max_size=30), min_size=1, max_size=12))
+@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_a_title_keeps_its_words_and_fits(words):
+    finding = " ".join(" ".join(words).split())
+    if not finding:
+        return
+    figure, _ = shared.blank(3)
+    shared.entitle(figure, finding)
+    assert " ".join(figure.get_suptitle().split()) == finding
+    assert Text.get_window_extent(figure._suptitle, dpi=100).x1 <= figure.bbox.x1
+
+
+def test_nothing_saved_still_has_an_axis_of_different_numbers():
+    nothing = SAVINGS.iloc[[2]].assign(
+        **{name: 0.0 for name in SAVINGS if name.endswith(("p05", "p95"))}
+    )
+    same = SIDES.assign(**{n: [*SIDES[n].iloc[:2], 0.0] for n in SIDES.columns[2:]})
+    for plot, axis in (
+        (plots.saving_intervals(nothing), lambda figure: figure.axes[0].xaxis),
+        (plots.pull_rate(nothing), lambda figure: figure.axes[0].yaxis),
+        (plots.comparison(same), lambda figure: figure.axes[1].xaxis),
+    ):
+        plot.figure.draw_without_rendering()
+        places = axis(plot.figure).get_majorticklocs()
+        assert all(place == round(place) for place in places)
+        labels = [label.get_text() for label in axis(plot.figure).get_ticklabels()]
+        assert len(set(labels)) == len(labels) > 2
+        assert "0" in labels
+
+
 def test_savings_are_sorted_and_drawn_as_given():
     plot = plots.saving_intervals(SAVINGS)
     axes = plot.figure.axes[0]
@@ -216,10 +274,12 @@ def test_pull_rate_draws_every_mix_and_its_rate():
         for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
     }
     assert drawn >= {(98.0, -679.0), (0.1, 1209.0), (0.0, 0.0), (30.0, -20.0)}
-    assert "The one mix saves below the break-even pull rate and all 2 mixes lose above it" in (
+    assert "The one mix saves below the break-even pull rate and both mixes lose above it" in (
         title(plot)
     )
     assert "The break-even rate is 24 %" in plot.alt
+    unpriced = SAVINGS.assign(break_even_pull_rate_p50=None)
+    assert title(plots.pull_rate(unpriced)).startswith("A pull has no price here")
     # what has no break-even rate is neither above nor below one
     assert "Nothing is ever pulled" in title(plots.pull_rate(SAVINGS.iloc[[2]]))
 
@@ -267,7 +327,7 @@ def test_breakdown_draws_steps_in_the_order_of_the_legs():
     assert widths == [4022.0, 4024.0, 232.0, 0.0, 0.0, 31.0, 811.0, 815.0]
     heads = [text.get_text().strip() for text in axes.texts]
     assert heads == ["L2 exit to L1", "VMWRITE by L1", "VMRESUME to L2"]
-    assert "1 steps below 10 cycles not drawn" in axes.get_xlabel()
+    assert "one step below 10 cycles not drawn" in axes.get_xlabel()
 
 
 def test_breakdown_says_what_the_sync_changes():

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvmx_lab.errors import LabError
+from nvmx_lab.notebook_parameters import AcrossWorkloadMixes
 from nvmx_lab.reports import site, summary
+from nvmx_lab.reports.fragment import BADGES
 
 
 def record(mix="cpuid", exit_leg=(120, 200, 310), round_trip=(110, 190, 300), **more):
@@ -57,11 +59,21 @@ def test_front_page(tmp_path, page_of):
     assert page.tags["table"] == page.tags["caption"] == 1
     assert page.tags["tr"] == 6
     links = [link["href"] for link in page.all("a")]
-    assert [f"01--{row['mix']}.html" for row in FIVE] == links[1:6]
+    order = ("gains", "either", "untouched", "loses", "unpriced")
+    assert [f"01--{mix}.html" for mix in order] == [link for link in links if "01--" in link]
     assert "02.html" in links
+    # no report on the totals among these links: no sentence that leads to it
+    assert "are tested" not in page.text["main"][0]
     assert page.text["tbody"][0].count("unknown: a price is missing") == 2
     # the intervals are drawn for who sees them, and written for who does not
     assert page.tags["circle"] == 4
+    zero = float(page.all("line")[0]["x1"])
+    bars = {
+        row: [float(line[end]) for end in ("x1", "x2")]
+        for row, line in zip(order, page.all("line")[1::2], strict=False)
+    }
+    assert bars["loses"][0] < bars["loses"][1] < zero < bars["gains"][0]
+    assert bars["either"][0] < zero < bars["either"][1]
     assert all(drawing["aria-hidden"] == "true" for drawing in page.all("svg"))
     assert "(−900 to −500)" in page.text["tbody"][0]
 
@@ -76,6 +88,44 @@ def test_headline_counts_what_the_rows_say():
     assert "The largest loss is Title of loses: 700 cycles per round trip" in said
     assert "a pull after 44 % of its exits" in said
     assert "changes nothing for Title of untouched" in said
+
+
+def test_front_page_says_what_its_words_mean(tmp_path, page_of):
+    page = page_of(write(tmp_path, FIVE))
+    keys = page.text["main"][0].partition("Where a number comes from")[2].partition("Mix by mix")[0]
+    for word in BADGES:
+        assert word in keys
+    assert "seen from their host" in keys
+
+
+def test_front_page_leads_to_the_test_of_the_totals(tmp_path, page_of):
+    link = site.Link(f"{AcrossWorkloadMixes.notebook}.html", "All mixes", 1.0)
+    page = page_of(write(tmp_path, FIVE, links=[link]))
+    assert [a["href"] for a in page.all("a")].count(link.href) == 2
+    assert "how many of them lie inside" in page.text["main"][0]
+
+
+def test_equal_losses_are_not_ranked():
+    def lost(*mixes):
+        records = [
+            record(mix, round_trip=(-900, -700.2 + 0.1 * k, -500), pulls_share=0.9 + k / 100)
+            for k, mix in enumerate(mixes)
+        ]
+        less = record("less", round_trip=(-90, -70, -50), pulls_share=0.5)
+        return " ".join(summary.headline(summary.rows([less, *records])))
+
+    assert "The largest loss is Title of a: 700 cycles per round trip" in lost("a")
+    assert (
+        "The largest loss, 700 cycles per round trip, is that of Title of a and Title of b, with "
+        "a pull after 90 to 91 % of their exits."
+    ) in lost("a", "b")
+    assert "is that of 3 mixes, with a pull after 90 to 92 %" in lost("a", "b", "c")
+
+
+def test_untouched_mixes_are_listed():
+    rows = [record(mix, (0, 0, 0), (0, 0, 0)) for mix in "abc"]
+    said = summary.headline(summary.rows(rows))[-1]
+    assert said == "The patch changes nothing for Title of a, Title of b and Title of c."
 
 
 def test_headline_of_nothing_and_of_one(tmp_path, page_of):
@@ -97,14 +147,16 @@ def test_sign_never_claims_what_the_interval_denies(interval):
 
 @given(st.lists(INTERVALS, min_size=1, max_size=5))
 def test_every_interval_fits_on_the_axis(intervals):
-    rows = summary.rows([record(str(i), interval) for i, interval in enumerate(intervals)])
+    rows = summary.rows(
+        [record(str(i), round_trip=interval) for i, interval in enumerate(intervals)]
+    )
     low, high, ticks = site._axis(rows)
     assert 1 <= len(ticks) <= 7
     for row in rows:
         assert (
             0
-            <= site._place(row.exit_leg[0], low, high)
-            <= site._place(row.exit_leg[2], low, high)
+            <= site._place(row.round_trip[0], low, high)
+            <= site._place(row.round_trip[2], low, high)
             <= 240
         )
     assert 0 <= site._place(0.0, low, high) <= 240
