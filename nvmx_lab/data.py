@@ -9,12 +9,8 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nvmx_lab.errors import LabError, unknown
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -100,24 +96,6 @@ def read_rows(file: Path | str) -> list[dict[str, str]]:
     except csv.Error as error:
         raise LabError(f"malformed CSV: {error}", where=f"{target}:{reader.line_num}") from error
     return rows
-
-
-def read_csv(file: Path | str) -> pd.DataFrame:
-    """Read a CSV table as a frame of strings; an empty cell is the empty string.
-
-    The caller converts what it needs: nothing is guessed ("NA", "1e5" and "0x10" stay text).
-
-    Raises
-    ------
-    LabError
-        As `read_rows`.
-    """
-    import pandas as pd  # slow to import, and few callers need a frame
-
-    target = path(file) if isinstance(file, str) else file
-    rows = read_rows(target)
-    columns = list(rows[0]) if rows else next(csv.reader(io.StringIO(_read_text(target))))
-    return pd.DataFrame(rows, columns=columns, dtype="str")
 
 
 def _read_text(target: Path) -> str:

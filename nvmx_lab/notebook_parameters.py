@@ -156,32 +156,6 @@ def validated(notebook_name: str, /, **values: Any) -> Parameters:
         raise _lab_error(notebook_name, kind, error.errors()[0]) from None
 
 
-def from_namespace(notebook_name: str, namespace: Mapping[str, Any], /) -> Parameters:
-    """Return a notebook's parameters, picked by name out of its namespace, checked.
-
-    Parameters
-    ----------
-    notebook_name : str
-        For example ``"01_reproduce_the_saving"``.
-    namespace : mapping
-        ``globals()`` of the notebook, after its parameters cell.
-
-    Raises
-    ------
-    LabError
-        As `validated`; also if the parameters cell did not assign one of them.
-    """
-    kind = _kind(notebook_name)
-    for name in kind.model_fields:
-        if name not in namespace:
-            raise LabError(
-                "the parameters cell does not assign this parameter",
-                where=f"{notebook_name}: {name}",
-                mend="run the cell tagged 'parameters' first",
-            )
-    return validated(notebook_name, **{name: namespace[name] for name in kind.model_fields})
-
-
 def check(notebook_name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all parameters of a notebook as JSON values, defaults filled in.
 

@@ -121,18 +121,6 @@ def test_place_in_a_list_is_named():
         parameters.check(ALL, {"mixes": ["cpuid", "../x"]})
 
 
-def test_from_namespace_picks_by_name():
-    namespace = {"mix": "cpuid", "other": 3, "__name__": "x"}
-    for line in CELL.splitlines():
-        name, value = line.split(" = ")
-        namespace[name] = json.loads(value.replace("_", "")) if value[0].isdigit() else value[1:-1]
-    picked = parameters.from_namespace(ONE, namespace)
-    assert picked.mix == "cpuid"
-    assert picked.exits == 20_000
-    with pytest.raises(LabError, match="seed"):
-        parameters.from_namespace(ONE, {k: v for k, v in namespace.items() if k != "seed"})
-
-
 def test_notebook_that_agrees(tmp_path):
     parameters.check_notebook(write(tmp_path / f"{ONE}.ipynb", f'mix = "cpuid"\n{CELL}'))
     annotated = f"# which\nmixes: list[str] = []  # all\n{CELL}"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 BLACK, GREY = "#000000", "#6B6B6B"
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-"""Okabe and Ito's palette, which the colour-blind can tell apart, and a grey."""
+BLUE, VERMILLION = "#0072B2", "#D55E00"
+"""Of Okabe and Ito's palette, which the colour-blind can tell apart, and a grey."""
 
 VERDICTS: Final[Mapping[str, tuple[str, str]]] = {
     "saves": (BLUE, "o"),

@@ -265,7 +265,7 @@ def compare(
     pairs = pairs_of(kvm, sync)
     price_list = prices.load(cpu)
     loaded, simulated = simulate_mix(
-        mix if isinstance(mix, Mix) else _load(mix),
+        mix,
         [k for k, _ in pairs],
         [s for _, s in pairs],
         exits=exits,
@@ -434,12 +434,6 @@ def pairs_of(
         )
     releases, policies = releases * (2 // len(releases)), policies * (2 // len(policies))
     return list(zip(releases, policies, strict=True))
-
-
-def _load(mix: str | Path) -> Mix:
-    from nvmx_lab.workload import mixes
-
-    return mixes.load(mix)
 
 
 def _flat(values: Mapping[str, float], name: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nvmx_lab.engine import run as engine
 from nvmx_lab.errors import LabError
 from nvmx_lab.nested.automaton import Automaton
+from nvmx_lab.nested.paths import lengths
 from nvmx_lab.nested.primitives import COUNTERS
 from nvmx_lab.workload import executed
 from nvmx_lab.workload.executed import NOT_A_PATH, ExecutedRun
@@ -120,8 +121,6 @@ def model_per_exit(run: ExecutedRun) -> pd.DataFrame:
     for name, parts in _SUMS.items():
         frame[name] = frame[list(parts)].sum(axis=1)
     left_out = np.zeros(len(frame))
-    from nvmx_lab.nested.paths import lengths
-
     for reason in NOT_A_PATH:
         times = np.array(
             [

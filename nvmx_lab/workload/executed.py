@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvmx_lab import data, vmcs
-from nvmx_lab.errors import LabError
+from nvmx_lab.errors import LabError, unknown
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.model import Nvmx, Trace
 from nvmx_lab.nested.ops import Kind, Operation
@@ -129,8 +129,6 @@ def load(name: str, directory: Path | None = None) -> ExecutedRun:
     where = directory or data.path("executed")
     known = run_names(where)
     if name not in known:
-        from nvmx_lab.errors import unknown
-
         raise unknown("executed run", name, known, where=where)
     settings = _settings(where / f"{name}.toml")
     exits = _parquet(where / f"{name}.exits.parquet", EXITS_COLUMNS).sort_values("exit")
@@ -356,7 +354,7 @@ def _l1_operations(ops: Sequence[tuple[str, str]]) -> Iterator[Operation]:
 
 
 def _reason(reason: str, ops: Sequence[tuple[str, str]]) -> str:
-    """Exit reason that L1 sees.
+    """Return the exit reason that L1 sees.
 
     The log has the hardware's. An external interrupt that belongs to L1 is acknowledged on exit,
     so L1 reads VM_EXIT_INTR_INFO; when L1 does not, L0's interrupt was the timer behind L1's
