@@ -141,7 +141,7 @@ def kvm(fmt: str) -> None:
     """List the KVM releases and the features that can be switched (5.3+ibpb)."""
     import pandas as pd
 
-    from nvmx_lab.nested import config
+    from nvmx_lab.nested import config, policies
 
     known = [
         {
@@ -157,8 +157,8 @@ def kvm(fmt: str) -> None:
         for name, entry in config.features().items()
     ]
     known += [
-        {"name": name, "kind": "sync policy", "meaning": meaning, "source": ""}
-        for name, meaning in config.SYNC_POLICIES.items()
+        {"name": name, "kind": "sync policy", "meaning": policy.meaning, "source": ""}
+        for name, policy in policies.SYNC_POLICIES.items()
     ]
     _show(pd.DataFrame(known), fmt)
 

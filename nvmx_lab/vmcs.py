@@ -192,6 +192,22 @@ def rare(mpx: bool = True) -> tuple[str, ...]:
     return tuple(entry.name for entry in sorted(found, key=lambda entry: entry.rare_order or 0))
 
 
+@functools.cache
+def saved_in_smram() -> tuple[str, ...]:
+    """Return the guest fields whose register an SMI saves in SMRAM and RSM loads from there.
+
+    KVM's enter_smm_save_state_64 and rsm_load_state_64: RIP, RSP, RFLAGS, the control registers and
+    everything of the segment and descriptor-table registers.
+    """
+    registers = {f"GUEST_{r}" for r in ("RIP", "RSP", "RFLAGS", "CR0", "CR3", "CR4")}
+    segment = tuple(f"_{part}" for part in ("SELECTOR", "BASE", "LIMIT", "AR_BYTES"))
+    return tuple(
+        entry.name
+        for entry in catalogue().values()
+        if entry.group == "guest" and (entry.name in registers or entry.name.endswith(segment))
+    )
+
+
 def is_rare(name: str) -> bool:
     """Return KVM's ``is_vmcs12_ext_field``: whether a VMREAD of the field by L1 pulls."""
     return field(name).rare

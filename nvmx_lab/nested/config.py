@@ -11,16 +11,9 @@ from typing import Any
 
 from nvmx_lab import data
 from nvmx_lab.errors import LabError, unknown
+from nvmx_lab.nested.policies import SYNC_POLICIES
 
 RELEASES_TABLE = "l0_releases.toml"
-
-SYNC_POLICIES: Mapping[str, str] = {
-    "eager": "every rare field is read at each nested exit (KVM before the patch)",
-    "lazy": "all rare fields are read when L1 first needs one: the patch",
-    "per-field": "only the field that L1 reads; all when L1 dirties vmcs12 (the patch rejects it)",
-    "oracle": "knows the future: reads at the exit if L1 will need them, never pulls (lower bound)",
-}
-"""Sync policy -> what it does."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class Config:
     kvm : Release
         L0's KVM.
     sync : str
-        One of `SYNC_POLICIES`.
+        Name of a policy in `nvmx_lab.nested.policies`.
     shadow_vmcs, evmcs : bool
         Whether L1 gets hardware VMCS shadowing, or uses an enlightened VMCS (never both).
     mpx, apicv, pml, preemption_timer : bool

@@ -12,7 +12,7 @@ all of its reachable values.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from nvmx_lab.errors import LabError
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.ops import Kind, Operation
 from nvmx_lab.nested.paths import Access, Row, lengths, paths
+from nvmx_lab.nested.policies import SYNC_POLICIES
 
 MAJOR_CONTROLS = frozenset(
     {
@@ -81,6 +82,10 @@ class Control:
         L2 is outside IA-32e mode; L2's EFER is not the host's; L2 uses the APIC-access page.
     dr_unlocked : bool
         L1's debug registers were handed to it: L0 takes them back at the next exit.
+    smm, halted : bool
+        An SMI took the vCPU out of L2; L2 was entered halted and has not run since.
+    policy_memory : hashable
+        What the sync policy remembers, None at first.
     """
 
     vmxon: bool = False
@@ -99,6 +104,9 @@ class Control:
     efer_differs: bool = True
     xapic: bool = True
     dr_unlocked: bool = False
+    smm: bool = False
+    halted: bool = False
+    policy_memory: Hashable = None
 
 
 @dataclass
@@ -116,8 +124,25 @@ class Trace:
     instructions: float = 0.0
 
 
+class Violation(AssertionError):
+    """L0 did what no KVM may do, whatever the values: the kernel's own warning would fire.
+
+    Parameters
+    ----------
+    rule : str
+        ``"warning"`` (WARN_ON_ONCE of copy_vmcs02_to_vmcs12_rare) or ``"not loaded"`` (an
+        instruction meant for a VMCS that is not the loaded one).
+    what : str
+        The sentence about it.
+    """
+
+    def __init__(self, rule: str, what: str) -> None:
+        self.rule = rule
+        super().__init__(what)
+
+
 class NestedState(NamedTuple):
-    """What KVM_GET_NESTED_STATE hands to user space."""
+    """What a migration carries: KVM_GET_NESTED_STATE, and the guest's memory that matters here."""
 
     vmxon: bool
     guest_mode: bool
@@ -125,6 +150,8 @@ class NestedState(NamedTuple):
     vmcs12: Vmcs
     launched: bool
     memory: dict[str, tuple[Vmcs, bool]]
+    smm: bool = False
+    smram: Vmcs = {}  # noqa: RUF012 - a named tuple's default; never written to
 
 
 DYNAMIC = frozenset(
@@ -185,6 +212,8 @@ class Nvmx:
         self.shadow: Vmcs = {}
         self.evmcs: Vmcs = {}
         self.memory: dict[str, tuple[Vmcs, bool]] = {}  # vmptr -> (vmcs12, launched)
+        self.smram: Vmcs = {}
+        self.entry_failure: Vmcs = {}  # exit information of an entry that fails late
         self.current_vmptr: str | None = None
         version = config.kvm.shadow_version
         absent = {
@@ -206,6 +235,7 @@ class Nvmx:
             *(SYSENTER if "no-sysenter-read" in config.kvm.features else ()),
             *(("GUEST_BNDCFGS",) if "no-bndcfgs-read" in config.kvm.features else ()),
         }
+        self.policy = SYNC_POLICIES[config.sync]()
         self._paths = _resolved_paths(config)
         self._rare = vmcs.rare(mpx=config.mpx and "no-bndcfgs-read" not in config.kvm.features)
 
@@ -213,6 +243,10 @@ class Nvmx:
 
     def _set(self, **changes: object) -> None:
         self.control = replace(self.control, **changes)  # type: ignore[arg-type]
+
+    def remember(self, memory: Hashable) -> None:
+        """Keep what the sync policy wants to know later; part of the control state."""
+        self._set(policy_memory=memory)
 
     def has(self, feature: str) -> bool:
         """Return whether L0's release has the feature."""
@@ -291,7 +325,9 @@ class Nvmx:
 
     def sync_vmcs02_to_vmcs12_rare(self) -> None:
         """Read every rare field of vmcs02 into vmcs12; vmcs02 must be loaded."""
-        self._require_loaded("vmcs02", "sync_vmcs02_to_vmcs12_rare")
+        loaded = self.control.loaded
+        if loaded != "vmcs02":
+            raise Violation("not loaded", f"sync_vmcs02_to_vmcs12_rare: {loaded} is loaded")
         for name in self._rare:
             self.vmcs12[name] = self._vmread(name, "sync_vmcs02_to_vmcs12_rare")
         self.trace.rare_vmreads += len(self._rare)
@@ -302,15 +338,17 @@ class Nvmx:
         """Pull: switch to vmcs02, read the rare fields, switch back; nothing if already done."""
         if not self.control.need_sync_vmcs02_to_vmcs12_rare:
             return
-        self._require_loaded("vmcs01", "copy_vmcs02_to_vmcs12_rare")
+        loaded = self.control.loaded
+        if loaded != "vmcs01":
+            raise Violation("warning", f"copy_vmcs02_to_vmcs12_rare warns: {loaded} is loaded")
         self._switch_vmcs("vmcs02", "pull.switch")
         self.sync_vmcs02_to_vmcs12_rare()
         self._switch_vmcs("vmcs01", "pull.switch")
         self.trace.pulls += 1
         self._stretch("pull")
 
-    def _copy_one_rare_field(self, name: str) -> None:
-        """Fetch only the field that L1 reads: the alternative that the patch's message rejects."""
+    def copy_one_rare_field(self, name: str) -> None:
+        """Fetch only the field that L1 reads; the flag stays."""
         if not self.control.need_sync_vmcs02_to_vmcs12_rare or name not in self._rare:
             return
         self._switch_vmcs("vmcs02", "pull.switch")
@@ -321,21 +359,21 @@ class Nvmx:
         self._stretch("rare_field")
         self._stretch("pull")
 
-    def sync_vmcs02_to_vmcs12(self, *, will_pull: bool = False) -> None:
+    def rare_fields_stay(self, reason: str, *, foreseen: bool) -> bool:
+        """Return whether the rare fields stay in vmcs02 at this exit.
+
+        Never with an enlightened VMCS: L1 reads that without an exit.
+        """
+        return not self.config.evmcs and self.policy.at_exit(self, reason, foreseen=foreseen)
+
+    def sync_vmcs02_to_vmcs12(self, reason: str = "", *, foreseen: bool = False) -> None:
         """Copy L2's state at a nested exit: eager fields always, rare ones by the sync policy."""
-        lazy = self.config.sync != "eager" and not self.config.evmcs
-        if lazy and self.config.sync == "oracle" and will_pull:
-            lazy = False
-        if (
-            not lazy
-        ):  # before the patch the rare reads stand among the eager ones: same line, same cost
+        stay = self.rare_fields_stay(reason, foreseen=foreseen)
+        if not stay:
+            # Before the patch the rare reads stand among the eager ones: same line, same cost.
             self.sync_vmcs02_to_vmcs12_rare()
         self._run("sync_vmcs02_to_vmcs12")
-        self._set(need_sync_vmcs02_to_vmcs12_rare=lazy)
-
-    def _require_loaded(self, name: str, function: str) -> None:
-        if self.control.loaded != name:
-            raise AssertionError(f"{function} needs {name} loaded, {self.control.loaded} is")
+        self._set(need_sync_vmcs02_to_vmcs12_rare=stay)
 
     # -- shadow VMCS ---------------------------------------------------------------------------
 
@@ -389,25 +427,28 @@ class Nvmx:
         """
         self._require(self.control.guest_mode, "L2 does not run")
         reason, _, foreseen = reason.partition("+")
-        self._vm_exit()
         self.vmcs02.update(info or {})
-        self._run("vmx_vcpu_run.exit")
+        if self.control.halted:
+            self._set(halted=False)  # L2 never ran: no VM-exit of the CPU, only the reflection
+        else:
+            self._vm_exit()
+            self._run("vmx_vcpu_run.exit")
         path = f"reflect.{reason}"
         self._run(path if path in paths() else "reflect")
-        self.nested_vmx_vmexit(will_pull=foreseen == "pull", reflected=True)
+        self.nested_vmx_vmexit(reason, foreseen=foreseen == "pull")
         self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.regs")
         self._stretch(f"exit.{reason}")
         if self.control.legacy:
             self._stretch("exit_legacy")
 
-    def nested_vmx_vmexit(self, *, will_pull: bool = False, reflected: bool) -> None:
+    def nested_vmx_vmexit(self, reason: str, *, foreseen: bool = False) -> None:
         """Leave L2: copy its state to vmcs12, switch to vmcs01, load L1's host state.
 
-        `reflected` is false for the forced leave (exit reason -1): no exit information for L1.
+        No `reason` (KVM's exit reason -1): L0 forces the exit and L1 is told nothing.
         """
         self._set(guest_mode=False)
-        self.sync_vmcs02_to_vmcs12(will_pull=will_pull)
-        if reflected:
+        self.sync_vmcs02_to_vmcs12(reason, foreseen=foreseen)
+        if reason:
             self._run("prepare_vmcs12")
             for name in self._exit_info:  # handed down by the reflecting handler: no further VMREAD
                 self.vmcs12[name] = self.vmcs02.get(name, 0)
@@ -416,7 +457,11 @@ class Nvmx:
             self._set(launched=True)
         self._switch_vmcs("vmcs01", "vmx_switch_vmcs")
         self._run("nested_vmx_vmexit")
-        if reflected and (self.config.shadow_vmcs or self.config.evmcs):
+        self._load_vmcs12_host_state(tell=bool(reason) or self.has("smm-shadow-sync"))
+
+    def _load_vmcs12_host_state(self, *, tell: bool) -> None:
+        """Load L1's host state; `tell`: the shadow VMCS must follow vmcs12 before L1 runs."""
+        if tell and (self.config.shadow_vmcs or self.config.evmcs):
             self._set(need_vmcs12_to_shadow_sync=True)
         self._run("load_vmcs12_host_state")
 
@@ -474,7 +519,7 @@ class Nvmx:
         """
         bare, _, extra = reason.partition("+")
         if bare in ("VMRESUME", "VMLAUNCH"):
-            self.nested_vmx_run(launch=bare == "VMLAUNCH", fails=True)
+            self.nested_vmx_run(launch=bare == "VMLAUNCH", fails="controls")
             return
 
         def handle() -> None:
@@ -547,12 +592,12 @@ class Nvmx:
             return VmFail(None)
         if not vmcs.field(name).in_vmcs12:
             return VmFail(12)
-        if vmcs.is_rare(name):
-            if self.config.sync == "per-field":
-                self._copy_one_rare_field(name)
-            else:
-                self.copy_vmcs02_to_vmcs12_rare()
+        self.policy.before_vmread(self, name)
         return self.vmcs12.get(name, 0)
+
+    def is_shadow_field_rw(self, name: str) -> bool:
+        """Return KVM's test of that name; the machine's missing features do not matter to it."""
+        return name in self._rw_static
 
     def l1_vmwrite(self, name: str, value: int) -> VmFail | None:
         """L1 executes VMWRITE."""
@@ -570,13 +615,11 @@ class Nvmx:
         """L0 emulates VMWRITE; whatever dirties vmcs12 pulls first."""
         if not self.control.has_vmcs12:
             return VmFail(None)
-        rw_shadowed = name in self._rw_static
+        rw_shadowed = self.is_shadow_field_rw(name)
         known = vmcs.field(name).in_vmcs12
         if self.has("validate-first") and not known:
             return VmFail(12)
-        if not rw_shadowed:
-            # Else a field is crushed by a later pull, or the dirty entry consumes a stale one.
-            self.copy_vmcs02_to_vmcs12_rare()
+        self.policy.before_vmwrite(self, name)
         if not known:
             return VmFail(12)
         if self.has("patch08") and name.startswith("GUEST_") and name.endswith("_AR_BYTES"):
@@ -635,7 +678,7 @@ class Nvmx:
         return self._vmx_instruction(self.free_nested, "handle_vmoff", "l1_exit.VMXOFF")
 
     def free_nested(self) -> None:
-        """Free vmcs02 and forget the current VMCS; KVM leaves need_sync as it is."""
+        """Free vmcs02 and forget the current VMCS; no release of KVM resets the flag of the patch."""
         if self.control.vmxon:
             self._run("vmx_disable_shadow_vmcs")
             self._clear_vmcs02_and_shadow("free_nested")
@@ -648,13 +691,17 @@ class Nvmx:
             need_vmcs12_to_shadow_sync=False,
             written=frozenset(),
             evmcs_groups=frozenset(),
+            smm=False,
+            halted=False,
         )
+        if self.has("flag-reset"):
+            self._set(need_sync_vmcs02_to_vmcs12_rare=False)
 
     def nested_release_vmcs12(self) -> None:
         """Write the current VMCS back to L1's memory; pulls first."""
         if self.current_vmptr is None:
             return
-        self.copy_vmcs02_to_vmcs12_rare()
+        self.policy.before_release(self)
         if self.config.shadow_vmcs:
             self.copy_shadow_to_vmcs12()
             self._run("vmx_disable_shadow_vmcs")
@@ -709,10 +756,20 @@ class Nvmx:
         """L1 executes VMRESUME."""
         return self.nested_vmx_run(launch=False)
 
-    def nested_vmx_run(self, *, launch: bool, fails: bool = False) -> VmFail | None:
+    def nested_vmx_run(
+        self, *, launch: bool, fails: str = "", halted: bool = False
+    ) -> VmFail | None:
         """Emulate VMLAUNCH or VMRESUME up to the VM-entry of L2.
 
-        `fails`: vmcs12 does not pass the checks of its control and host-state fields.
+        Parameters
+        ----------
+        launch : bool
+            VMLAUNCH, else VMRESUME.
+        fails : str
+            Which check vmcs12 does not pass: ``"controls"`` (control and host-state fields:
+            VMfail), ``"guest-state"`` or ``"msr-load"`` (L1 sees an exit of a failed entry).
+        halted : bool
+            L1 enters L2 in the HLT activity state: L2 does not run before something wakes it.
         """
         failure: list[VmFail | None] = [None]
 
@@ -728,44 +785,64 @@ class Nvmx:
             if launch == self.control.launched:
                 failure[0] = VmFail(4 if launch else 5)
                 return
-            if fails:
+            if fails == "controls":
                 failure[0] = VmFail(7)
                 return
-            self.nested_vmx_enter_non_root_mode()
+            self.nested_vmx_enter_non_root_mode(fails)
 
         self._l1_exit(handle, "l1_exit.VMRESUME", skip=False)
         if self._report(failure[0]) is not None:
             self._run("nested_vmx_succeed")
             self._run("skip")
+        if not self.control.guest_mode:
             self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.rip")
-            return failure[0]
-        self.vmx_vcpu_run("vmx_vcpu_run.nested_enter", "vmx_vcpu_run.regs.nested")
-        return None
+        elif halted:
+            self._set(halted=True)
+        else:
+            self._run_l2()
+        return failure[0]
 
-    def nested_vmx_enter_non_root_mode(self) -> None:
-        """Switch to vmcs02 and bring it up to date from vmcs12."""
+    def nested_vmx_enter_non_root_mode(self, fails: str = "") -> None:
+        """Switch to vmcs02 and bring it up to date from vmcs12; `fails` as in `nested_vmx_run`."""
         self._run("nested_vmx_enter")
         self._set(guest_mode=True)
         self._switch_vmcs("vmcs02", "vmx_switch_vmcs")
-        self.prepare_vmcs02()
+        self.prepare_vmcs02(whole=fails != "guest-state")
+        if fails:
+            self._fail_entry()
 
-    def prepare_vmcs02(self) -> None:
-        """Write vmcs02: a clean vmcs12 needs a few fields, a dirty one nearly all."""
+    def _fail_entry(self) -> None:
+        """Unwind (vmentry_fail_vmexit): nothing of L2 was run, so nothing of it is copied."""
+        self._set(guest_mode=False)
+        self._switch_vmcs("vmcs01", "vmx_switch_vmcs")
+        for name in ("VM_EXIT_REASON", "EXIT_QUALIFICATION"):
+            self.vmcs12[name] = self.entry_failure.get(name, 0)
+        self._load_vmcs12_host_state(tell=True)
+
+    def prepare_vmcs02(self, *, whole: bool = True) -> None:
+        """Write vmcs02: a clean vmcs12 needs a few fields, a dirty one nearly all.
+
+        Not `whole`: only what is written before the checks of the guest state.
+        """
         self._stretch("entry.dirty" if self.control.dirty_vmcs12 else "entry.clean")
-        for path in (
-            "prepare_vmcs02_early",
-            "nested_get_vmcs12_pages",
-            "prepare_vmcs02_rare",
-            "prepare_vmcs02",
-        ):
-            self._run(path)
-        self._set(dirty_vmcs12=False, written=frozenset(), evmcs_groups=frozenset())
+        self._run("prepare_vmcs02_early")
+        self._run("nested_get_vmcs12_pages")
+        if whole:
+            self._run("prepare_vmcs02_rare")
+            self._run("prepare_vmcs02")
+            self._set(dirty_vmcs12=False, evmcs_groups=frozenset())
+        self._set(written=frozenset())
+
+    def _run_l2(self) -> None:
+        """Enter L2 for the first time since its VM-entry was emulated."""
+        self._run("vmx_load_mmu_pgd")
+        self.vmx_vcpu_run("vmx_vcpu_run.nested_enter", "vmx_vcpu_run.regs.nested")
 
     # -- L2 ------------------------------------------------------------------------------------
 
     def l2_write(self, name: str, value: int) -> None:
         """L2 changes a field of its own state."""
-        self._require(self.control.guest_mode, "L2 does not run")
+        self._require_l2()
         value &= WIDTH_MASK[vmcs.field(name).width]
         self.vmcs02[name] = value
         if name in self._tracked:
@@ -773,17 +850,43 @@ class Nvmx:
 
     def l2_read(self, name: str) -> int:
         """Return what L2 has in a field of its state."""
-        self._require(self.control.guest_mode, "L2 does not run")
+        self._require_l2()
         return self.vmcs02.get(name, 0)
 
     def l0_exit(self, reason: str) -> None:
         """L2 exits, L0 handles it, L2 goes on: L1 sees nothing."""
-        self._require(self.control.guest_mode, "L2 does not run")
+        self._require_l2()
         self._vm_exit()
         self._run("vmx_vcpu_run.exit")
         self._run("l0_exit")
         self.vmx_vcpu_run("vmx_vcpu_run.enter", None)
         self._stretch(f"l0_exit.{reason}")
+
+    def _require_l2(self) -> None:
+        self._require(self.control.guest_mode and not self.control.halted, "L2 does not run")
+
+    # -- system management ---------------------------------------------------------------------
+
+    def smi(self) -> None:
+        """An SMI leaves L2 without telling L1; its registers go to SMRAM (enter_smm)."""
+        self._require(self.control.guest_mode, "L2 does not run")
+        if not self.control.halted:
+            self._vm_exit()
+            self._run("vmx_vcpu_run.exit")
+        self.smram = {name: self.vmcs02.get(name, 0) for name in vmcs.saved_in_smram()}
+        self.nested_vmx_vmexit("")
+        self._set(smm=True, halted=False)
+        self.vmx_vcpu_run("vmx_vcpu_run.enter", None)
+
+    def rsm(self) -> None:
+        """RSM returns to L2: an entry from vmcs12, without the shadow VMCS, then SMRAM."""
+        self._require(self.control.smm, "no SMI took the vCPU out of L2")
+        self._set(smm=False)
+        self._vm_exit()
+        self._run("vmx_vcpu_run.exit")
+        self.nested_vmx_enter_non_root_mode()
+        self._run_l2()
+        self.vmcs02.update(self.smram)
 
     # -- migration -----------------------------------------------------------------------------
 
@@ -794,8 +897,7 @@ class Nvmx:
             if self.control.need_sync_vmcs02_to_vmcs12_rare:
                 self.sync_vmcs02_to_vmcs12_rare()
         elif self.control.has_vmcs12:
-            if self.has("migration-sync"):
-                self.copy_vmcs02_to_vmcs12_rare()
+            self.policy.before_get_nested_state(self)
             if not self.control.need_vmcs12_to_shadow_sync:
                 if self.config.evmcs:
                     self.vmcs12.update(self.evmcs)
@@ -808,16 +910,19 @@ class Nvmx:
             dict(self.vmcs12),
             self.control.launched,
             {ptr: (dict(fields), launched) for ptr, (fields, launched) in self.memory.items()},
+            self.control.smm,
+            dict(self.smram),
         )
 
     def set_nested_state(self, state: NestedState) -> None:
         """KVM_SET_NESTED_STATE: leave what was, restore what `state` says."""
         if self.control.guest_mode:
-            self.nested_vmx_vmexit(reflected=False)  # vmx_leave_nested
+            self.nested_vmx_vmexit("")  # vmx_leave_nested
         self.free_nested()
         self.memory = {
             p: (dict(fields), launched) for p, (fields, launched) in state.memory.items()
         }
+        self.smram = dict(state.smram)
         if not state.vmxon:
             return
         self.enter_vmx_operation()
@@ -827,8 +932,9 @@ class Nvmx:
         self.set_current_vmptr(state.vmptr, launched=state.launched)
         if state.guest_mode:
             self.nested_vmx_enter_non_root_mode()
-            self.vmx_vcpu_run("vmx_vcpu_run.nested_enter", "vmx_vcpu_run.regs.nested")
+            self._run_l2()
         else:
+            self._set(smm=state.smm)
             self.vmx_vcpu_run("vmx_vcpu_run.enter", None)
 
     # -- streams -------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from nvmx_lab.nested.config import SYNC_POLICIES, Config
+from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.ops import Kind, Operation, parse
+from nvmx_lab.nested.policies import SYNC_POLICIES
 
 RELEASES = (
     *("5.2", "5.2+patch13", "5.2+patch07+patch13", "5.3", "5.3+ibpb", "5.3-patch13"),

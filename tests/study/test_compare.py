@@ -14,8 +14,8 @@ from nvmx_lab import data
 from nvmx_lab.costs import prices
 from nvmx_lab.costs.pricing import price
 from nvmx_lab.errors import LabError
-from nvmx_lab.nested.config import SYNC_POLICIES
 from nvmx_lab.nested.ops import parse
+from nvmx_lab.nested.policies import SYNC_POLICIES
 from nvmx_lab.nested.primitives import COUNTERS, PRIMITIVES
 from nvmx_lab.study.compare import QUANTILES, compare, pairs_of, verdict
 from nvmx_lab.study.simulate import P, config_of, simulate, simulate_mix
