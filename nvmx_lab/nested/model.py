@@ -198,6 +198,18 @@ class Nvmx:
     ----------
     config : Config
         Release, policy and machine.
+
+    Attributes
+    ----------
+    control : Control
+        The control state.
+    vmcs01, vmcs02, vmcs12, shadow, evmcs, smram : dict of str to int
+        The VMCSs, the shadow and the enlightened VMCS, the registers in SMRAM: value by field.
+    memory : dict
+        The VMCS regions in L1's memory: (fields, launched) by pointer.
+    rare, shadow_rw, shadow_ro, exit_info, tracked : sequence or set of str
+        Fields that the rare reader reads; that the shadow VMCS has; that an exit hands to L1; that
+        L0 keeps up to date when it emulates L2's write of them.
     """
 
     def __init__(self, config: Config) -> None:
@@ -224,20 +236,20 @@ class Nvmx:
         }
         order = vmcs.catalogue()
         rw, ro = vmcs.shadow_rw(version), vmcs.shadow_ro(version)
-        self._rw_static = rw
-        self._rw = tuple(n for n in order if n in rw - absent)
-        self._ro = tuple(n for n in order if n in ro - absent)
-        self._exit_info = tuple(
+        self._shadow_rw_of_kvm = rw
+        self.shadow_rw = tuple(n for n in order if n in rw - absent)
+        self.shadow_ro = tuple(n for n in order if n in ro - absent)
+        self.exit_info = tuple(
             f.name for f in order.values() if f.group == EXIT_INFO and f.name != VM_FAIL_FIELD
         )
         # Kept up to date when L0 emulates L2's write, so nested exit need not read them.
-        self._tracked = {
+        self.tracked = {
             *(SYSENTER if "no-sysenter-read" in config.kvm.features else ()),
             *(("GUEST_BNDCFGS",) if "no-bndcfgs-read" in config.kvm.features else ()),
         }
         self.policy = SYNC_POLICIES[config.sync]()
-        self._paths = _resolved_paths(config)
-        self._rare = vmcs.rare(mpx=config.mpx and "no-bndcfgs-read" not in config.kvm.features)
+        self.resolved_paths = _resolved_paths(config)
+        self.rare = vmcs.rare(mpx=config.mpx and "no-bndcfgs-read" not in config.kvm.features)
 
     # -- control state -------------------------------------------------------------------------
 
@@ -294,7 +306,7 @@ class Nvmx:
 
     def _run(self, path: str) -> None:
         """Execute a straight path of ``data/l0_paths.csv``."""
-        for row in self._paths[path]:
+        for row in self.resolved_paths[path]:
             if not self.holds(row.condition):
                 continue
             for access in row.accesses:
@@ -328,10 +340,10 @@ class Nvmx:
         loaded = self.control.loaded
         if loaded != "vmcs02":
             raise Violation("not loaded", f"sync_vmcs02_to_vmcs12_rare: {loaded} is loaded")
-        for name in self._rare:
+        for name in self.rare:
             self.vmcs12[name] = self._vmread(name, "sync_vmcs02_to_vmcs12_rare")
-        self.trace.rare_vmreads += len(self._rare)
-        self._stretch("rare_field", len(self._rare))
+        self.trace.rare_vmreads += len(self.rare)
+        self._stretch("rare_field", len(self.rare))
         self._set(need_sync_vmcs02_to_vmcs12_rare=False)
 
     def copy_vmcs02_to_vmcs12_rare(self) -> None:
@@ -349,7 +361,7 @@ class Nvmx:
 
     def copy_one_rare_field(self, name: str) -> None:
         """Fetch only the field that L1 reads; the flag stays."""
-        if not self.control.need_sync_vmcs02_to_vmcs12_rare or name not in self._rare:
+        if not self.control.need_sync_vmcs02_to_vmcs12_rare or name not in self.rare:
             return
         self._switch_vmcs("vmcs02", "pull.switch")
         self.vmcs12[name] = self._vmread(name, "sync_vmcs02_to_vmcs12_rare")
@@ -381,16 +393,15 @@ class Nvmx:
         """Read what L1 wrote to the shadow VMCS without an exit."""
         self._shadow_copy(
             "copy_shadow_to_vmcs12",
-            self._rw if self.has("patch07") else self._rw + self._ro,
+            self.shadow_rw if self.has("patch07") else self.shadow_rw + self.shadow_ro,
             self._read_shadow_field,
         )
         self._stretch("copy_shadow_to_vmcs12")
 
     def copy_vmcs12_to_shadow(self) -> None:
         """Write vmcs12 to the shadow VMCS for exit-less accesses by L1."""
-        self._shadow_copy(
-            "nested_sync_vmcs12_to_shadow", self._rw + self._ro, self._write_shadow_field
-        )
+        names = self.shadow_rw + self.shadow_ro
+        self._shadow_copy("nested_sync_vmcs12_to_shadow", names, self._write_shadow_field)
         self._set(need_vmcs12_to_shadow_sync=False)
         self._stretch("copy_vmcs12_to_shadow")
 
@@ -450,7 +461,7 @@ class Nvmx:
         self.sync_vmcs02_to_vmcs12(reason, foreseen=foreseen)
         if reason:
             self._run("prepare_vmcs12")
-            for name in self._exit_info:  # handed down by the reflecting handler: no further VMREAD
+            for name in self.exit_info:  # handed down by the reflecting handler: no further VMREAD
                 self.vmcs12[name] = self.vmcs02.get(name, 0)
             event = self.vmcs12.get("VM_ENTRY_INTR_INFO_FIELD", 0)
             self.vmcs12["VM_ENTRY_INTR_INFO_FIELD"] = event & ~INTR_INFO_VALID
@@ -555,6 +566,8 @@ class Nvmx:
         """Note the number of a VMfailValid in vmcs12."""
         if failure is not None and failure.number is not None:
             self.vmcs12[VM_FAIL_FIELD] = failure.number
+            if self.config.evmcs and self.has("evmcs-fail-sync"):
+                self._set(need_vmcs12_to_shadow_sync=True)
         return failure
 
     # -- VMREAD and VMWRITE by L1 --------------------------------------------------------------
@@ -563,10 +576,10 @@ class Nvmx:
         """Return whether an access by L1 to the field exits to L0."""
         if not (self.config.shadow_vmcs and self.control.has_vmcs12):
             return True
-        if name in self._rw:
+        if name in self.shadow_rw:
             return False
         # Before patch 07 the VMWRITE bitmap equalled the VMREAD bitmap.
-        return not (name in self._ro and (not write or not self.has("patch07")))
+        return not (name in self.shadow_ro and (not write or not self.has("patch07")))
 
     def l1_vmread(self, name: str) -> int | VmFail:
         """L1 executes VMREAD; return what it sees."""
@@ -597,7 +610,7 @@ class Nvmx:
 
     def is_shadow_field_rw(self, name: str) -> bool:
         """Return KVM's test of that name; the machine's missing features do not matter to it."""
-        return name in self._rw_static
+        return name in self._shadow_rw_of_kvm
 
     def l1_vmwrite(self, name: str, value: int) -> VmFail | None:
         """L1 executes VMWRITE."""
@@ -627,7 +640,7 @@ class Nvmx:
         self.vmcs12[name] = value
         self._note_control_write(name)
         if not rw_shadowed:
-            if self.config.shadow_vmcs and name in self._ro:
+            if self.config.shadow_vmcs and name in self.shadow_ro:
                 self._shadow_copy("handle_vmwrite", (name,), self._write_shadow_field_of_vmwrite)
             self._set(dirty_vmcs12=True)
         return None
@@ -678,7 +691,7 @@ class Nvmx:
         return self._vmx_instruction(self.free_nested, "handle_vmoff", "l1_exit.VMXOFF")
 
     def free_nested(self) -> None:
-        """Free vmcs02 and forget the current VMCS; no release of KVM resets the flag of the patch."""
+        """Free vmcs02 and forget the current VMCS; no release of KVM resets the patch's flag."""
         if self.control.vmxon:
             self._run("vmx_disable_shadow_vmcs")
             self._clear_vmcs02_and_shadow("free_nested")
@@ -830,6 +843,8 @@ class Nvmx:
         if whole:
             self._run("prepare_vmcs02_rare")
             self._run("prepare_vmcs02")
+            for name in ("GUEST_RSP", "GUEST_RIP"):  # in the register cache until L2 is entered
+                self.vmcs02[name] = self.vmcs12.get(name, 0)
             self._set(dirty_vmcs12=False, evmcs_groups=frozenset())
         self._set(written=frozenset())
 
@@ -845,7 +860,7 @@ class Nvmx:
         self._require_l2()
         value &= WIDTH_MASK[vmcs.field(name).width]
         self.vmcs02[name] = value
-        if name in self._tracked:
+        if name in self.tracked:
             self.vmcs12[name] = value
 
     def l2_read(self, name: str) -> int:
@@ -868,7 +883,7 @@ class Nvmx:
     # -- system management ---------------------------------------------------------------------
 
     def smi(self) -> None:
-        """An SMI leaves L2 without telling L1; its registers go to SMRAM (enter_smm)."""
+        """SMI: leave L2 without telling L1; its registers go to SMRAM (enter_smm)."""
         self._require(self.control.guest_mode, "L2 does not run")
         if not self.control.halted:
             self._vm_exit()
@@ -879,14 +894,14 @@ class Nvmx:
         self.vmx_vcpu_run("vmx_vcpu_run.enter", None)
 
     def rsm(self) -> None:
-        """RSM returns to L2: an entry from vmcs12, without the shadow VMCS, then SMRAM."""
+        """RSM: return to L2, an entry from vmcs12 without the shadow VMCS, then SMRAM."""
         self._require(self.control.smm, "no SMI took the vCPU out of L2")
         self._set(smm=False)
         self._vm_exit()
         self._run("vmx_vcpu_run.exit")
         self.nested_vmx_enter_non_root_mode()
         self._run_l2()
-        self.vmcs02.update(self.smram)
+        self.vmcs02.update((name, self.smram.get(name, 0)) for name in vmcs.saved_in_smram())
 
     # -- migration -----------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ def test_every_path_that_the_model_runs_exists():
     for kvm in words.RELEASES:
         for options in ({}, {"shadow_vmcs": False}, {"evmcs": True}):
             nvmx = Nvmx(Config.of(kvm, **options))
-            nvmx._paths = Watched(nvmx._paths)
+            nvmx.resolved_paths = Watched(nvmx.resolved_paths)
             nvmx.start()
             for operation in (
                 *(op for op in words.OF_L1 if op.kind == "L1_EXIT"),

@@ -729,7 +729,7 @@ class PullsAfterTheWrite(without(PULL, "handle_vmwrite")):  # type: ignore[misc]
 class RareFieldShadowed(Nvmx):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._rw = (*self._rw, "GUEST_GS_BASE")
+        self.shadow_rw = (*self.shadow_rw, "GUEST_GS_BASE")
 
 
 class ClearsTheFlagFirst(Nvmx):
