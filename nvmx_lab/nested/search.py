@@ -127,7 +127,7 @@ class Search:
     # -- values as small numbers ---------------------------------------------------------------
 
     def _number_values(self) -> None:
-        """Number the constants. A value is then numbered by the first cell that has it.
+        """Assign numbers to the constants; a value is numbered by the first cell that has it.
 
         Two numbers for each such cell: the value belongs to VMCS A, or to B.
         """
