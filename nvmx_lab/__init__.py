@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nvmx_lab.reports.result import publish, table
     from nvmx_lab.study.breakdown import breakdown
     from nvmx_lab.study.compare import Comparison, compare
+    from nvmx_lab.study.correctness import Correctness, check
     from nvmx_lab.study.sweep import sweep
     from nvmx_lab.study.validate import validate
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Comparison": ("nvmx_lab.study.compare", "Comparison"),
     "compare": ("nvmx_lab.study.compare", "compare"),
+    "Correctness": ("nvmx_lab.study.correctness", "Correctness"),
+    "check": ("nvmx_lab.study.correctness", "check"),
     "breakdown": ("nvmx_lab.study.breakdown", "breakdown"),
     "sweep": ("nvmx_lab.study.sweep", "sweep"),
     "validate": ("nvmx_lab.study.validate", "validate"),
@@ -34,8 +37,10 @@ _MODULES = ("costs", "nested", "plots", "reports", "study", "vmcs", "workload")
 
 __all__ = [
     "Comparison",
+    "Correctness",
     "__version__",
     "breakdown",
+    "check",
     "compare",
     "parameters",
     "publish",

@@ -126,6 +126,100 @@ def validate_executed(runs: Path | None, fmt: str) -> None:
 
 
 @cli.command()
+@click.option("--kvm", multiple=True, help="L0's KVM; repeat. Default: every release.")
+@click.option("--sync", help="Sync policy; default: the release's.")
+@click.option("--mutant", default="", help="A wrong variant of L0 (nvmx-lab mutants).")
+@click.option("--environment", multiple=True, help="Machine; repeat. Default: all.")
+@click.option("--without", multiple=True, help="Leave a step out, SET_NESTED_STATE; repeat.")
+@click.option("--depth", type=int, help="Stop after so many steps; default: at the last state.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write each counterexample to a file in this folder.",
+)
+@click.option(
+    "--replay",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Tell the story of a counterexample instead.",
+)
+@click.option(
+    "--svg",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --replay: draw it to this file.",
+)
+@format_option
+def check(
+    kvm: tuple[str, ...],
+    sync: str | None,
+    mutant: str,
+    environment: tuple[str, ...],
+    without: tuple[str, ...],
+    depth: int | None,
+    save: Path | None,
+    replay: Path | None,
+    svg: Path | None,
+    fmt: str,
+) -> None:
+    """Search every reachable state of L0's model for a value that L1 or L2 should not see.
+
+    Exit status 1 if one is found that eager copying would not show.
+    """
+    from nvmx_lab.study import correctness
+
+    if replay is not None:
+        searched = (kvm, sync, mutant, environment, without, depth, save)
+        if any(searched):
+            raise LabError("--replay takes no option of the search", mend="--svg goes with it")
+        told = correctness.told(replay, svg)
+        _echo_json(told.to_dict()) if fmt == "json" else click.echo(str(told))
+        sys.exit(1 if told.failed else 0)
+    if svg is not None:
+        raise LabError("--svg goes with --replay", mend="use --save, then --replay FILE --svg FILE")
+    result = correctness.check(
+        kvm or None,
+        sync,
+        mutant=mutant,
+        environments=environment or None,
+        depth=depth,
+        without=without,
+    )
+    if save is not None:
+        for path in correctness.save(result, save):
+            click.echo(f"wrote {path}", err=True)
+    if fmt == "json":
+        click.echo(result.to_json())
+    elif fmt == "csv":
+        click.echo(result.findings().to_csv(index=False), nl=False)
+    else:
+        click.echo(str(result))
+    sys.exit(0 if result.ok else 1)
+
+
+@cli.command()
+@click.option("--check", "explored", is_flag=True, help="Explore each: is it caught?")
+@format_option
+def mutants(explored: bool, fmt: str) -> None:
+    """List the wrong variants of L0 on which the search is tried.
+
+    With --check exit status 1 if one is not caught that should be, or the other way round.
+    """
+    import pandas as pd
+
+    from nvmx_lab.nested.mutants import MUTANTS
+
+    if not explored:
+        columns = ["name", "source", "meaning", "harmless"]
+        known = [{name: getattr(m, name) for name in columns} for m in MUTANTS.values()]
+        _show(pd.DataFrame(known), fmt, columns=columns[:3])
+        return
+    from nvmx_lab.study import correctness
+
+    table = correctness.mutants()
+    _show(table, fmt, columns=["mutant", "verdict", "wrong", "length", "meaning"])
+    sys.exit(0 if (table["verdict"] == table["expected"]).all() else 1)
+
+
+@cli.command()
 @format_option
 def mixes(fmt: str) -> None:
     """List the workload mixes, with their sources."""

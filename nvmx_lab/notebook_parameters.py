@@ -45,6 +45,14 @@ Cpu = Annotated[
         description="the name of a price list: lower-case letters, digits, '-', '_' and '.'",
     ),
 ]
+MaybeName = Annotated[
+    str,
+    Field(
+        pattern=r"^(?:[a-z0-9]+(?:-[a-z0-9]+)*)?$",
+        max_length=80,
+        description="a name of lower-case letters, digits and '-', or nothing",
+    ),
+]
 Exits = Annotated[
     int, Field(ge=1, le=10**9, description="a whole number of nested exits from 1 to 1000000000")
 ]
@@ -53,12 +61,16 @@ Seed = Annotated[
 ]
 
 
-class _Comparison(BaseModel):
-    """What all three notebooks share: the two releases, the price list, and the draw."""
+class _Parameters(BaseModel):
+    """What the parameters of every notebook have in common: they are strict."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, validate_default=True)
 
     notebook: ClassVar[str]
+
+
+class _Comparison(_Parameters):
+    """What the notebooks on the saving share: the two releases, the price list, and the draw."""
 
     kvm_before: Kvm = "5.2"
     kvm_after: Kvm = "5.2+patch13"
@@ -121,10 +133,36 @@ class WhereTheCyclesGo(_Comparison):
     mix: MixName
 
 
-Parameters = ReproduceTheSaving | AcrossWorkloadMixes | WhereTheCyclesGo
+class IsItCorrect(_Parameters):
+    """Parameters of ``10_is_it_correct``: the search for values that nobody should see.
+
+    Attributes
+    ----------
+    kvm : str
+        L0's KVM.
+    sync : str
+        Sync policy; empty for the release's own.
+    mutant : str
+        A wrong variant of L0; empty for none.
+    cpu, seed
+        As in `ReproduceTheSaving`.
+    """
+
+    notebook: ClassVar[str] = "10_is_it_correct"
+
+    kvm: Kvm = "6.1"
+    sync: MaybeName = ""
+    mutant: MaybeName = ""
+    cpu: Cpu = "skylake-2015"
+    seed: Seed = 1
+
+
+_KINDS = (ReproduceTheSaving, AcrossWorkloadMixes, WhereTheCyclesGo, IsItCorrect)
+
+Parameters = ReproduceTheSaving | AcrossWorkloadMixes | WhereTheCyclesGo | IsItCorrect
 
 NOTEBOOKS: Final[Mapping[str, type[Parameters]]] = MappingProxyType(
-    {kind.notebook: kind for kind in (ReproduceTheSaving, AcrossWorkloadMixes, WhereTheCyclesGo)}
+    {kind.notebook: kind for kind in _KINDS}
 )
 """Parameter class of each notebook, by the notebook's name without ``.ipynb``."""
 

@@ -74,8 +74,9 @@ class Standing:
 
     Attributes
     ----------
-    vmxon, in_l2, smm : bool
-        L1 is in VMX operation; L2 runs; an SMI took the vCPU out of L2.
+    vmxon, in_l2, smm, interrupted : bool
+        L1 is in VMX operation; L2 runs; an SMI took the vCPU out of L2; L2 has left, but a signal
+        keeps L1 from running.
     current : str or None
         The current VMCS.
     page_launched : bool
@@ -87,6 +88,7 @@ class Standing:
     vmxon: bool = False
     in_l2: bool = False
     smm: bool = False
+    interrupted: bool = False
     current: str | None = None
     page_launched: bool = False
     launched: frozenset[str] = frozenset()
@@ -210,11 +212,16 @@ class Architecture:
         if self.role == "saved":
             self.cells["page"] = self.cells["l2"]
 
-    def exit(self, info: object) -> None:
+    def exit(self, info: object, *, interrupted: bool = False) -> None:
         """L2 exits to L1; `info` is what the CPU writes to the field if it is exit information."""
         self.save()
+        self._stand(interrupted=interrupted)
         if self.role == "exit-info":
             self.cells["page"] = info
+
+    def run(self) -> None:
+        """KVM_RUN, or KVM_SET_NESTED_STATE in a new vCPU: L1 runs if nothing else does."""
+        self._stand(interrupted=False)
 
     def l2_write(self, value: object) -> None:
         """L2 changes its register."""

@@ -11,18 +11,19 @@ It is exhaustive for the model, not for KVM: what the model leaves out cannot fa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import MappingProxyType
 from typing import Final
 
 from nvmx_lab import vmcs
+from nvmx_lab.errors import unknown
 from nvmx_lab.nested.architecture import role
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.flows import EVMCS_GROUPS, Flows, gated_by_a_write
 from nvmx_lab.nested.model import Nvmx
-from nvmx_lab.nested.search import Failure, Search
+from nvmx_lab.nested.search import WRONG_VALUES, Failure, Search
 from nvmx_lab.nested.steps import ENTRY_FAILURE, Step, in_evmcs, in_vmcs12
 
 ENVIRONMENTS: Final[Mapping[str, Mapping[str, bool]]] = MappingProxyType(
@@ -73,17 +74,18 @@ class Exploration:
     findings : tuple of Finding
         Shortest first; empty if the property holds.
     states, transitions : int
-        States visited and steps taken, summed over the classes of fields.
+        States visited, and steps taken from them: what the searches did, summed over the classes
+        of fields. Of steps that do the same to the field and to L0, one is counted.
     depth : int
-        Steps from the start to the farthest state.
+        Steps from the start to the farthest state, over all classes.
     places : int
-        Control states of L0, combined with where L1 stands.
+        Control states of L0, combined with where L1 stands: the most that one class needed.
     classes : int
         Classes of fields to which the same happens; one field of each was explored.
     complete : bool
-        Whether every reachable state was visited.
+        Whether every reachable state of these classes was visited.
     seconds : float
-        Wall time.
+        Wall time of compiling and searching.
     """
 
     config: Config
@@ -98,8 +100,13 @@ class Exploration:
 
     @property
     def ok(self) -> bool:
-        """Whether the property holds."""
+        """Whether the property holds, as far as was explored: see `complete`."""
         return not self.findings
+
+    @property
+    def transitions_per_minute(self) -> float:
+        """Transitions by wall time, that of compiling included."""
+        return 60 * self.transitions / self.seconds
 
 
 def explore(
@@ -108,6 +115,8 @@ def explore(
     *,
     depth: int | None = None,
     without: Collection[str] = (),
+    fields: Collection[str] | None = None,
+    each_field: bool = True,
     advance: Callable[[int], object] = lambda transitions: None,
 ) -> Exploration:
     """Visit every state of one L0.
@@ -122,25 +131,44 @@ def explore(
         Stop after so many steps; by default when nothing is left.
     without : collection of str, optional
         Words of steps that do not happen (``SET_NESTED_STATE``).
+    fields : collection of str, optional
+        Explore only the classes that contain one of these fields of vmcs12; by default all. The
+        whole L0 is compiled all the same, so steps about other fields happen too.
+    each_field : bool, optional
+        Whether to try the steps about every field, to see that those of a class are treated alike;
+        else only a change of the model that no path and no set of fields shows goes unnoticed: one
+        that asks for a field by name.
     advance : callable, optional
         Called with the number of transitions after each class of fields.
+
+    Raises
+    ------
+    LabError
+        If vmcs12 has no such field, or the sync policy remembers so much that L0 has too many
+        control states.
     """
     began = perf_counter()
+    wanted = frozenset(in_vmcs12() if fields is None else map(_field_of_vmcs12, fields))
     findings: list[Finding] = []
     states = transitions = deepest = places = explored = 0
     complete = True
-    for flows, classes in _compiled(config, nvmx, without):
+    faults: set[str] = set()  # they are no matter of one field: reported once
+    for flows, classes in _compiled(config, nvmx, without, wanted, each_field=each_field):
         places = max(places, len(flows.places))
-        for fields in classes:
-            search = Search(flows.flows(fields[0]), depth)
+        for alike in classes:
+            if wanted.isdisjoint(alike):
+                continue
+            search = Search(flows.flows(alike[0]), depth)
             states, transitions = states + search.states, transitions + search.transitions
             deepest, complete = max(deepest, search.depth), complete and search.complete
             explored += 1
             advance(search.transitions)
             findings += [
-                Finding(config, fields[0], fields, failure.wrong, failure.steps)
+                Finding(config, alike[0], alike, failure.wrong, failure.steps)
                 for failure in _shortest(search.failures())
+                if failure.wrong not in faults
             ]
+            faults |= {f.wrong for f in findings if f.wrong not in WRONG_VALUES}
     findings.sort(key=lambda finding: len(finding.steps))
     return Exploration(
         config,
@@ -155,6 +183,12 @@ def explore(
     )
 
 
+def _field_of_vmcs12(name: str) -> str:
+    if not vmcs.field(name).in_vmcs12:
+        raise unknown("field of vmcs12", name, in_vmcs12(), where="explore(fields=)")
+    return vmcs.field(name).name
+
+
 def _shortest(failures: Sequence[Failure]) -> list[Failure]:
     """Return the first failure of each kind; they come shortest first."""
     kinds: dict[str, Failure] = {}
@@ -164,9 +198,14 @@ def _shortest(failures: Sequence[Failure]) -> list[Failure]:
 
 
 def _compiled(
-    config: Config, nvmx: type[Nvmx], without: Collection[str]
-) -> list[tuple[Flows, list[tuple[str, ...]]]]:
-    """Return flows, and the classes of fields to explore in them.
+    config: Config,
+    nvmx: type[Nvmx],
+    without: Collection[str],
+    wanted: frozenset[str],
+    *,
+    each_field: bool,
+) -> Iterator[tuple[Flows, list[tuple[str, ...]]]]:
+    """Yield flows, and the classes of fields to explore in them.
 
     A control field that an entry writes only if L1 changed it has its own flows: whether L1 changed
     it is part of the state, and matters to no other field.
@@ -174,13 +213,13 @@ def _compiled(
     gated = gated_by_a_write(nvmx(config))
     classes = field_classes(config, nvmx)
     common = [fields for fields in classes if not gated.intersection(fields)]
-    flows, common = _compile_common(config, nvmx, common, without)
-    companions = [*[names[0] for names in common if vmcs.is_rare(names[0])][:1], "HOST_RIP"]
-    compiled = [(flows, common)]
+    flows, common = _compile_common(config, nvmx, common, without, each_field=each_field)
+    rare = next(names[0] for names in common if vmcs.is_rare(names[0]))
+    companions = (rare, "HOST_RIP", "GUEST_RIP", _absent())
+    yield flows, common
     for fields in classes:
-        if gated.intersection(fields):
-            compiled.append((Flows(config, nvmx, [fields[0], *companions], without), [fields]))
-    return compiled
+        if gated.intersection(fields) and not wanted.isdisjoint(fields):
+            yield Flows(config, nvmx, [fields[0], *companions], without), [fields]
 
 
 def _compile_common(
@@ -188,31 +227,33 @@ def _compile_common(
     nvmx: type[Nvmx],
     classes: list[tuple[str, ...]],
     without: Collection[str],
+    *,
+    each_field: bool,
 ) -> tuple[Flows, list[tuple[str, ...]]]:
     """Compile with one field of each class, two of the rare ones; split classes that differ."""
-    absent = next(name for name in vmcs.catalogue() if name not in in_vmcs12())
     while True:
         chosen = [name for fields in classes for name in fields[: 1 + vmcs.is_rare(fields[0])]]
-        flows = Flows(config, nvmx, [*chosen, absent], without)
-        split = [part for fields in classes for part in _alike(flows, fields)]
+        flows = Flows(config, nvmx, [*chosen, _absent()], without)
+        split = [part for fields in classes for part in flows.alike(fields)]
+        if each_field and len(split) == len(classes):
+            apart = flows.unlike(classes)
+            split = [tuple(n for n in fields if n not in apart) for fields in classes]
+            split += [(name,) for name in sorted(apart)]
         if len(split) == len(classes):
             return flows, classes
         classes = split
 
 
-def _alike(flows: Flows, fields: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Split a class by what the model was seen to do to its members."""
-    groups: dict[Hashable, list[str]] = defaultdict(list)
-    for name in fields:
-        groups[flows.passive(name, fields)].append(name)
-    return [tuple(group) for group in groups.values()]
+def _absent() -> str:
+    """Return a field that vmcs12 lacks: VMREAD and VMWRITE of it fail."""
+    return next(name for name in vmcs.catalogue() if name not in in_vmcs12())
 
 
 def field_classes(config: Config, nvmx: type[Nvmx] = Nvmx) -> list[tuple[str, ...]]:
     """Return the fields of vmcs12 in classes whose members L0 has no reason to treat differently.
 
-    The explorer looks at one of each class. That the others move alike is checked when the flows
-    are compiled, for every step that is not about the field itself.
+    The explorer looks at one of each class. Whether the others are really treated alike is checked
+    when the flows are compiled.
     """
     l0 = nvmx(config)
     gated = gated_by_a_write(l0)

@@ -7,16 +7,19 @@ fields never mix is checked in passing. Exploring every state then needs no mode
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
 
 from nvmx_lab import vmcs
+from nvmx_lab.errors import LabError
 from nvmx_lab.nested.architecture import CELLS, Architecture, Fail, Standing, role
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.model import DYNAMIC, Control, Nvmx, Trace, Violation, VmFail
 from nvmx_lab.nested.steps import (
+    ARGUMENTS,
     ENTRY_FAILURE,
+    FIELD,
     POINTERS,
     Step,
     Tracked,
@@ -24,6 +27,7 @@ from nvmx_lab.nested.steps import (
     apply_to_model,
     in_vmcs12,
     possible,
+    said,
     same,
     steps,
 )
@@ -32,11 +36,16 @@ L0_CELLS: Final = ("vmcs01", "vmcs02", "vmcs12", "shadow", "evmcs", "A", "B", "s
 COLUMNS: Final = (*L0_CELLS, *(f"true {cell}" for cell in CELLS))
 """Where a field's value can be: L0's cells, then the architecture's."""
 
-ZERO, UNDEFINED, L1S_OWN, FRESH_A, FRESH_B, NUMBER = range(len(COLUMNS), len(COLUMNS) + 6)
-"""Sources that are no cell: never written since VMCLEAR, arbitrary, L1's own state (vmcs01), a new
-value for A or B; `NUMBER` + n is the VM-instruction error n."""
+ZERO, UNDEFINED, L1S_OWN, OTHER_FIELD, FRESH_A, FRESH_B, NUMBER = range(
+    len(COLUMNS), len(COLUMNS) + 7
+)
+"""Sources that are no cell: never written since VMCLEAR, arbitrary, L1's own state (vmcs01),
+another field's value, a new value for A or B; `NUMBER` + n is the VM-instruction error n."""
 
 SOURCES: Final = NUMBER + 16
+
+MOST_PLACES: Final = 10_000
+"""Places after which compiling gives up; KVM's own sync policies need some hundred."""
 
 
 class _Mark(int):
@@ -69,6 +78,17 @@ def _free_of_charge(nvmx: type[Nvmx]) -> type[Nvmx]:
     return type(nvmx.__name__, (nvmx,), {"_emit": nothing, "_stretch": nothing})
 
 
+class _Kind(NamedTuple):
+    """What the architecture knows of a field, its name apart: see `Tracked`."""
+
+    role: str
+    in_smram: bool
+    entry_failure: bool
+
+
+_NO_KIND: Final = _Kind("written", in_smram=False, entry_failure=False)
+
+
 class Flow(NamedTuple):
     """What one step does to one field.
 
@@ -81,7 +101,7 @@ class Flow(NamedTuple):
     seen : tuple of int or None
         Sources of what L1 or L2 sees and of what it should see.
     fault : str
-        What is wrong whatever the values: a `Violation`, a wrong answer, a value of another field.
+        What is wrong whatever the values: a `Violation`, or a wrong answer.
     """
 
     after: int
@@ -99,13 +119,31 @@ class Place(NamedTuple):
     standing: Standing
 
 
+class _Moved:
+    """The fields whose values a step moves. Few differ: most steps share one of these objects."""
+
+    __slots__ = ("moves",)
+
+    def __init__(self, moves: Mapping[str, bytes]) -> None:
+        self.moves = moves
+
+
+_Change = tuple[int, str, object]
+"""A cell, as column of `COLUMNS`; a field; the value that it has there now."""
+
+
 class _Effect(NamedTuple):
-    """What one step does to L0: the fields whose values move, and the answer."""
+    """What one step does to L0: where it leads, what moves, the answer, what is wrong."""
 
     after: int
-    moved: dict[str, bytes]
+    moved: _Moved
+    moved_own: _Moved
     seen: object
     fault: str
+
+    def moves(self, name: str, *, own: bool) -> bytes:
+        """Return the sources of a field's cells; `own`: the step is about the field."""
+        return (self.moved_own if own else self.moved).moves.get(name, UNMOVED)
 
 
 EVMCS_GROUPS: Final = frozenset(
@@ -115,6 +153,7 @@ EVMCS_GROUPS: Final = frozenset(
 
 FlowTable = Sequence[Sequence[tuple[Step, "Flow"]]]
 UNMOVED: Final = bytes(range(len(L0_CELLS)))
+_NOTHING: Final = _Moved({})
 
 
 class Flows:
@@ -135,6 +174,11 @@ class Flows:
     ----------
     places : list of Place
         Reachable places, the start first.
+
+    Raises
+    ------
+    LabError
+        If there are more than `MOST_PLACES`.
     """
 
     def __init__(
@@ -159,7 +203,10 @@ class Flows:
         for name in set(fields).difference(self.followed):  # written in vain: vmcs12 lacks them
             self._fresh["A"][name] = self._fresh["B"][name] = _Mark(name, UNDEFINED)
         self._true = {cell: _Mark("", column) for column, cell in enumerate(COLUMNS)}
-        self._truths: dict[tuple[object, ...], tuple[Standing, bytes, object]] = {}
+        self._truths: dict[object, dict[Step, tuple[Standing, bytes, object]]] = {}
+        self._moves_by_cells: dict[tuple[object, ...], tuple[_Moved, _Moved]] = {}
+        self._moved_by_changes: dict[tuple[_Change, ...], _Moved] = {}
+        self._relevants: dict[Control, Control] = {}
         self.places: list[Place] = []
         self._ids: dict[Place, int] = {}
         self._effects: list[list[tuple[Step, _Effect]]] = []
@@ -179,23 +226,45 @@ class Flows:
                 if possible(step, place.standing, l0):
                     effects.append((step, self._effect(l0, place, step)))
                     l0.control = place.control
+        if vars(l0.policy):
+            raise LabError(
+                "the sync policy has attributes of its own",
+                where=f"sync policy {self.config.sync!r}",
+                got=", ".join(vars(l0.policy)),
+                mend="keep them in Control.policy_memory, by Nvmx.remember: states are revisited",
+            )
 
     def _id(self, place: Place) -> int:
         if place not in self._ids:
+            if len(self.places) == MOST_PLACES:
+                raise self._too_many_places()
             self._ids[place] = len(self.places)
             self.places.append(place)
         return self._ids[place]
 
+    def _too_many_places(self) -> LabError:
+        """Say who is to blame: what a sync policy remembers is the only part without a bound."""
+        memories = {place.control.policy_memory for place in self.places}
+        return LabError(
+            f"L0 has more than {MOST_PLACES:,} control states",
+            where=f"sync policy {self.config.sync!r}",
+            got=f"{len(memories):,} different values of Control.policy_memory",
+            allowed=f"{MOST_PLACES:,} control states (nvmx_lab.nested.flows.MOST_PLACES)",
+            mend="let the policy remember less: a counter must stop somewhere",
+        )
+
     def _relevant(self, control: Control) -> Control:
         """Drop what decides only about cost: no row that copies vmcs12 depends on it."""
-        return replace(
-            control,
-            controls_written=frozenset(),
-            host_rsp_stale=frozenset(),
-            dr_unlocked=False,
-            written=control.written & self._gated,
-            evmcs_groups=control.evmcs_groups & EVMCS_GROUPS,
-        )
+        if control not in self._relevants:
+            self._relevants[control] = replace(
+                control,
+                controls_written=frozenset(),
+                host_rsp_stale=frozenset(),
+                dr_unlocked=False,
+                written=control.written & self._gated,
+                evmcs_groups=control.evmcs_groups & EVMCS_GROUPS,
+            )
+        return self._relevants[control]
 
     def _put(self, l0: Nvmx, place: Place) -> None:
         l0.control, l0.current_vmptr = place.control, place.current
@@ -207,97 +276,174 @@ class Flows:
 
     def _effect(self, l0: Nvmx, place: Place, step: Step) -> _Effect:
         self._put(l0, place)
-        standing, _, truth = self._truth(place.standing, step, "written", False, False)
+        standing, _, truth = self._truth(place.standing, step, _NO_KIND, own=False)
         try:
             l0, seen = apply_to_model(step, l0, lambda name, owner: self._fresh[owner][name])
         except Violation as violation:
-            return _Effect(0, {}, None, str(violation))
-        moved: dict[str, bytearray] = {}
-        fault = ""
-        for column, cell in enumerate(L0_CELLS):
-            values = l0.memory[cell][0] if cell in POINTERS else getattr(l0, cell)
-            before = self._marks[cell]
-            for name, value in values.items():
-                if value is before.get(name):
-                    continue
-                if isinstance(value, _Mark) and value.field != name:
-                    fault = f"{cell}.{name} has the value of {value.field}"
-                moved.setdefault(name, bytearray(UNMOVED))[column] = self._source(value)
-            for name in before.keys() - values.keys():
-                moved.setdefault(name, bytearray(UNMOVED))[column] = ZERO
+            return _Effect(0, _NOTHING, _NOTHING, None, str(violation))
+        moved, own = self._moves(l0, step)
         if (isinstance(seen, VmFail) or isinstance(truth, Fail)) and not same(seen, truth):
-            fault = f"{step} answers {_said(seen)}, it should answer {_said(truth)}"
+            # From here on the two do not stand in the same place.
+            fault = f"{step} answers {said(seen)}, it should answer {said(truth)}"
+            return _Effect(0, _NOTHING, _NOTHING, None, fault)
         after = Place(
             self._relevant(l0.control),
             l0.current_vmptr,
             frozenset(p for p, (_, launched) in l0.memory.items() if launched),
             standing,
         )
-        return _Effect(self._id(after), {n: bytes(m) for n, m in moved.items()}, seen, fault)
+        return _Effect(self._id(after), moved, own, seen, "")
+
+    def _moves(self, l0: Nvmx, step: Step) -> tuple[_Moved, _Moved]:
+        """Compare L0 with how `_put` left it: other fields, and the one that the step is about."""
+        changed = {}
+        for cell in L0_CELLS:
+            values = l0.memory[cell][0] if cell in POINTERS else getattr(l0, cell)
+            if values != self._marks[cell]:
+                changed[cell] = values
+        key = (step.arg, *((cell, *values, *values.values()) for cell, values in changed.items()))
+        if key not in self._moves_by_cells:
+            changes = [c for cell, values in changed.items() for c in self._changes(cell, values)]
+            self._moves_by_cells[key] = (
+                self._moved(change for change in changes if change[1] != step.arg),
+                self._moved(change for change in changes if change[1] == step.arg),
+            )
+        return self._moves_by_cells[key]
+
+    def _changes(self, cell: str, values: Mapping[str, object]) -> list[_Change]:
+        """Return every value of the cell that moved; 0 for one that is gone."""
+        column, before = L0_CELLS.index(cell), self._marks[cell]
+        changed = [(column, n, v) for n, v in values.items() if v is not before.get(n)]
+        return changed + [(column, n, 0) for n in before if n not in values]
+
+    def _moved(self, changes: Iterable[_Change]) -> _Moved:
+        key = tuple(changes)
+        if key not in self._moved_by_changes:
+            moves: dict[str, bytearray] = {}
+            for column, name, value in key:
+                own = not isinstance(value, _Mark) or value.field == name
+                source = self._source(value) if own else OTHER_FIELD
+                moves.setdefault(name, bytearray(UNMOVED))[column] = source
+            self._moved_by_changes[key] = _Moved({n: bytes(m) for n, m in moves.items()})
+        return self._moved_by_changes[key]
 
     @staticmethod
     def _source(value: object) -> int:
         if isinstance(value, _Mark):
             return value.source
         number = int(value)  # type: ignore[call-overload]
+        if NUMBER + number >= SOURCES:
+            raise LabError("L0 makes a value up: it can only copy values", got=number)
         return NUMBER + number if number else ZERO
 
     # -- running the architecture --------------------------------------------------------------
 
     def _truth(
-        self,
-        standing: Standing,
-        step: Step,
-        role: str,
-        in_smram: bool,
-        entry: bool,
-        own: bool = False,
+        self, standing: Standing, step: Step, kind: _Kind, *, own: bool
     ) -> tuple[Standing, bytes, object]:
-        key = (standing, step, role, in_smram, entry, own)
-        if key not in self._truths:
+        """Run a step on a field of the kind; `own`: the step is about the field."""
+        known = self._truths.setdefault((standing, kind, own), {})
+        if step not in known:
             cells: dict[str, object] = {cell: self._true[f"true {cell}"] for cell in CELLS}
-            truth = Architecture(role, in_smram=in_smram, standing=standing, cells=cells)
-            tracked = Tracked(step.arg if own else "", role, in_smram, entry)
+            truth = Architecture(kind.role, in_smram=kind.in_smram, standing=standing, cells=cells)
+            tracked = Tracked(step.arg if own else "", *kind)
             marks = {"A": _Mark("", FRESH_A), "B": _Mark("", FRESH_B)}
             seen = apply_to_architecture(step, truth, tracked, lambda _, owner: marks[owner])
             moves = bytes(self._source(truth.cells[cell]) for cell in CELLS)
-            self._truths[key] = (truth.standing, moves, seen)
-        return self._truths[key]
-
-    def passive(self, name: str, like: Collection[str]) -> tuple[bytes, ...]:
-        """Return what every step does to a field, but for steps about one of those `like` it."""
-        return tuple(
-            effect.moved.get(name, UNMOVED)
-            for effects in self._effects
-            for step, effect in effects
-            if step.arg not in like
-        )
+            known[step] = (truth.standing, moves, seen)
+        return known[step]
 
     # -- flows of one field --------------------------------------------------------------------
+
+    def unlike(self, classes: Iterable[Sequence[str]]) -> set[str]:
+        """Return the fields that L0 does not treat as it treats the first of their class.
+
+        Every step about a field is tried in every place, for every field. A field and the first of
+        its class may differ in nothing but their names: if the two were swapped, each step about
+        one would do what the step about the other does.
+        """
+        l0 = self.nvmx(self.config)
+        first = {name: fields[0] for fields in classes for name in fields}
+        found: set[str] = set()
+        for place, effects in zip(self.places, self._effects, strict=True):
+            known = {step: effect for step, effect in effects if step.arg in first}
+            for name in first.keys() - first.values() - found:
+                for word in {step.word for step in known if step.arg == first[name]}:
+                    effect = self._effect(l0, place, Step(word, name))
+                    if not _swapped(effect, known[Step(word, first[name])], name, first[name]):
+                        found.add(name)
+        return found
+
+    def alike(self, fields: Sequence[str]) -> list[tuple[str, ...]]:
+        """Split fields by what every step does to them, but for steps about one of them."""
+        moved = {
+            effect.moved: None
+            for effects in self._effects
+            for step, effect in effects
+            if step.arg not in fields
+        }
+        groups: dict[tuple[bytes, ...], list[str]] = {}
+        for name in fields:
+            key = tuple(each.moves.get(name, UNMOVED) for each in moved)
+            groups.setdefault(key, []).append(name)
+        return [tuple(group) for group in groups.values()]
 
     def flows(self, name: str) -> list[list[tuple[Step, Flow]]]:
         """Return, for each place, every step that does something to the field or to L0, once.
 
         Of steps that do the same the first is named.
         """
-        kind, in_smram = role(name, self.config), name in vmcs.saved_in_smram()
-        saved, entry = kind == "saved", name in ENTRY_FAILURE
+        kind = _Kind(role(name, self.config), name in vmcs.saved_in_smram(), name in ENTRY_FAILURE)
         table = []
-        for place, effects in zip(self.places, self._effects, strict=False):
+        for place, effects in zip(self.places, self._effects, strict=True):
             flows: dict[Flow, Step] = {}
-            for step, effect in effects:
+            for step, effect in _different(effects, name):
                 own = step.arg == name
-                if own and step.word in ("L2_READ", "L2_WRITE") and not saved:
+                if own and step.word in ("L2_READ", "L2_WRITE") and kind.role != "saved":
                     continue
-                _, moves, truth = self._truth(place.standing, step, kind, in_smram, entry, own)
+                _, moves, truth = self._truth(place.standing, step, kind, own=own)
                 seen = None
                 if own and isinstance(effect.seen, int) and not isinstance(truth, Fail | None):
                     seen = (self._source(effect.seen), self._source(truth))
-                moved = effect.moved.get(name, UNMOVED)
+                moved = effect.moves(name, own=own)
                 flow = Flow(effect.after, moved + moves, seen, effect.fault)
                 flows.setdefault(flow, step)
             table.append([(step, flow) for flow, step in flows.items()])
         return table
+
+
+def _swapped(one: _Effect, other: _Effect, name: str, first: str) -> bool:
+    """Return whether a step about `name` does what the same step about `first` does."""
+    moved, like = one.moved.moves, other.moved.moves
+    return (
+        one.after == other.after
+        and bool(one.fault) == bool(other.fault)
+        and one.moves(name, own=True) == other.moves(first, own=True)
+        and moved.get(first, UNMOVED) == like.get(name, UNMOVED)
+        and _seen_source(one.seen) == _seen_source(other.seen)
+        and all(
+            moved.get(field, UNMOVED) == like.get(field, UNMOVED)
+            for field in (moved.keys() | like.keys()) - {name, first}
+        )
+    )
+
+
+def _seen_source(seen: object) -> object:
+    return seen.source if isinstance(seen, _Mark) else seen
+
+
+def _different(
+    effects: Sequence[tuple[Step, _Effect]], name: str
+) -> Iterator[tuple[Step, _Effect]]:
+    """Leave out steps about other fields that do to this one what a step before them does."""
+    done = set()
+    for step, effect in effects:
+        if step.arg != name and ARGUMENTS[step.word] == (FIELD,):
+            key = (step.word, step.arg in in_vmcs12(), effect.after, effect.moved, effect.fault)
+            if key in done:
+                continue
+            done.add(key)
+        yield step, effect
 
 
 def gated_by_a_write(l0: Nvmx) -> frozenset[str]:
@@ -310,8 +456,3 @@ def gated_by_a_write(l0: Nvmx) -> frozenset[str]:
         if token.startswith("changed:")
     )
 
-
-def _said(answer: object) -> str:
-    if isinstance(answer, VmFail | Fail):
-        return "VMfailInvalid" if answer.number is None else f"VMfailValid({answer.number})"
-    return "VMsucceed"

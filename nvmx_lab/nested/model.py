@@ -82,8 +82,9 @@ class Control:
         L2 is outside IA-32e mode; L2's EFER is not the host's; L2 uses the APIC-access page.
     dr_unlocked : bool
         L1's debug registers were handed to it: L0 takes them back at the next exit.
-    smm, halted : bool
-        An SMI took the vCPU out of L2; L2 was entered halted and has not run since.
+    smm, halted, interrupted : bool
+        An SMI took the vCPU out of L2; L2 was entered halted and has not run since; after a nested
+        exit L0 returned to its user space before it entered L1.
     policy_memory : hashable
         What the sync policy remembers, None at first.
     """
@@ -106,6 +107,7 @@ class Control:
     dr_unlocked: bool = False
     smm: bool = False
     halted: bool = False
+    interrupted: bool = False
     policy_memory: Hashable = None
 
 
@@ -432,12 +434,13 @@ class Nvmx:
         Parameters
         ----------
         reason : str
-            Basic exit reason; ``+pull`` behind it tells the oracle that L1 will need a rare field.
+            Basic exit reason; ``+pull`` behind it tells the oracle that L1 will need a rare field,
+            ``+signal`` that L0 returns to user space before it enters L1: see `run`.
         info : mapping of str to int, optional
             Exit-information fields as the CPU writes them to vmcs02.
         """
         self._require(self.control.guest_mode, "L2 does not run")
-        reason, _, foreseen = reason.partition("+")
+        reason, _, extra = reason.partition("+")
         self.vmcs02.update(info or {})
         if self.control.halted:
             self._set(halted=False)  # L2 never ran: no VM-exit of the CPU, only the reflection
@@ -446,11 +449,19 @@ class Nvmx:
             self._run("vmx_vcpu_run.exit")
         path = f"reflect.{reason}"
         self._run(path if path in paths() else "reflect")
-        self.nested_vmx_vmexit(reason, foreseen=foreseen == "pull")
-        self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.regs")
+        self.nested_vmx_vmexit(reason, foreseen=extra == "pull")
+        if extra == "signal":
+            self._set(interrupted=True)
+        else:
+            self.run()
         self._stretch(f"exit.{reason}")
         if self.control.legacy:
             self._stretch("exit_legacy")
+
+    def run(self) -> None:
+        """Enter L1 after a nested exit; KVM_RUN does if a signal came first."""
+        self._set(interrupted=False)
+        self.vmx_vcpu_run("vmx_vcpu_run.enter", "vmx_vcpu_run.regs")
 
     def nested_vmx_vmexit(self, reason: str, *, foreseen: bool = False) -> None:
         """Leave L2: copy its state to vmcs12, switch to vmcs01, load L1's host state.
@@ -478,6 +489,10 @@ class Nvmx:
 
     def vmx_vcpu_run(self, enter: str, registers: str | None) -> None:
         """Enter the loaded VMCS: sync the shadow VMCS, flush dirty registers, VM-entry."""
+        loaded = self.control.loaded
+        if (loaded == "vmcs02") != self.control.guest_mode:
+            runs = "L2" if self.control.guest_mode else "L1"
+            raise Violation("not loaded", f"vmx_vcpu_run enters {runs}: {loaded} is loaded")
         if not self.control.guest_mode and self.control.need_vmcs12_to_shadow_sync:
             if self.config.evmcs:
                 self.evmcs = dict(self.vmcs12)  # copy_vmcs12_to_enlightened: plain stores
@@ -487,7 +502,6 @@ class Nvmx:
         self._run(enter)
         if registers is not None:
             self._run(registers)
-        loaded = self.control.loaded
         if loaded in self.control.host_rsp_stale:
             self._run("vmx_update_host_rsp")
             self._set(host_rsp_stale=self.control.host_rsp_stale - {loaded})
@@ -706,6 +720,7 @@ class Nvmx:
             evmcs_groups=frozenset(),
             smm=False,
             halted=False,
+            interrupted=False,
         )
         if self.has("flag-reset"):
             self._set(need_sync_vmcs02_to_vmcs12_rare=False)

@@ -29,8 +29,9 @@ class SyncPolicy:
     """The patch's rule: leave the rare fields in vmcs02, pull all of them when L1 needs one.
 
     Hooks get the L0 that they act on. They may call `Nvmx.copy_vmcs02_to_vmcs12_rare` and its like,
-    read `Nvmx.control`, and keep something hashable in `Control.policy_memory` by
-    `Nvmx.remember`; an attribute of their own would be lost, since states are revisited.
+    read `Nvmx.control` (but for what decides only about cost: the explorer drops that), and keep
+    something hashable in `Control.policy_memory` by `Nvmx.remember`; attributes of their own are
+    refused, since states are revisited.
     """
 
     meaning: ClassVar[str] = "all rare fields are read when L1 first needs one: the patch"

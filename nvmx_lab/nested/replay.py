@@ -1,13 +1,17 @@
 """Replay: run a sequence of steps on the whole model with concrete values, beside the architecture.
 
 The explorer reasons about symbols; a replay shows that what it found happens. It follows one field
-and notes, after each step, where its value is and what is true.
+and notes, after each step, where its value is and what is true. Every value written is a new
+number, and what was there before the first step has numbers of its own, so that a wrong value tells
+where it came from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 from nvmx_lab import vmcs
 from nvmx_lab.errors import LabError
@@ -15,6 +19,7 @@ from nvmx_lab.nested.architecture import CELLS, Architecture, Fail, Standing, ro
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.flows import L0_CELLS
 from nvmx_lab.nested.model import Control, Nvmx, Trace, Violation, VmFail
+from nvmx_lab.nested.search import FOREIGN, L1S, OTHER, STALE, UNINITIALISED
 from nvmx_lab.nested.steps import (
     ENTRY_FAILURE,
     POINTERS,
@@ -23,11 +28,17 @@ from nvmx_lab.nested.steps import (
     apply_to_architecture,
     apply_to_model,
     possible,
+    said,
     same,
 )
 
-FIRST_VALUE = 16  # above every VM-instruction error, and no reserved bit of any field
-LAST_VALUE = 255
+FIRST_VALUE: Final = 16  # above every VM-instruction error, and no reserved bit of any field
+LAST_VALUE: Final = 250
+OTHER_FIELD: Final = 251  # every value of a field that is not followed
+START: Final[Mapping[str, int]] = MappingProxyType(
+    {**dict.fromkeys(L0_CELLS, 0), "A": 253, "B": 254, "vmcs01": 255}
+)
+"""The followed field before the first step: L1's memory holds something, and L1 has its own."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Moment:
     step : Step
         What happened.
     l0 : dict of str to int
-        The followed field in each cell of L0; 0 where nothing was ever written.
+        The followed field in each cell of L0; 0 where nothing was written since it was cleared.
     truth : dict of str to (int or None)
         The same in the cells of the architecture; None where it is undefined.
     control : Control
@@ -55,7 +66,7 @@ class Moment:
     standing : Standing
         Where L1 stands.
     trace : Trace
-        What L0 executed.
+        What L0 executed; for a migration, on the source.
     seen, expected : object
         What L1 or L2 saw and should have seen: an int, a `VmFail` or `Fail`; None if nothing, or
         if it is undefined.
@@ -92,18 +103,47 @@ class Replay:
     moments : tuple of Moment
         One for each step; it ends at the first that is wrong.
     origins : dict of int to Origin
-        Where each value came from.
+        Where each value came from that a step wrote.
+    mutant : str
+        What is wrong with the model on purpose; empty if nothing.
     """
 
     config: Config
     field: str
     moments: tuple[Moment, ...]
     origins: Mapping[int, Origin]
+    mutant: str = ""
 
     @property
     def failed(self) -> bool:
         """Whether the last step shows a failure."""
         return bool(self.moments) and self.moments[-1].wrong
+
+    @property
+    def wrong(self) -> str:
+        """What was seen instead of the true value, in the explorer's words; empty if nothing."""
+        if not self.failed:
+            return ""
+        last = self.moments[-1]
+        seen, expected = last.seen, last.expected
+        if last.fault:
+            return last.fault
+        if not isinstance(seen, int) or not isinstance(expected, int):
+            return f"{last.step} answers {said(seen)}, it should answer {said(expected)}"
+        if seen == 0:
+            return UNINITIALISED
+        if seen in (START["vmcs01"], OTHER_FIELD):
+            return L1S if seen == START["vmcs01"] else FOREIGN
+        origins = self.origins
+        if seen in origins and expected in origins:
+            return STALE if origins[seen].owner == origins[expected].owner else OTHER
+        return STALE
+
+    def true(self, moment: Moment) -> int | None:
+        """Return the followed field as whoever runs must find it; None where it is undefined."""
+        if moment.standing.in_l2 and role(self.field, self.config) == "saved":
+            return moment.truth["l2"]
+        return moment.truth["page"] if moment.standing.current else None
 
 
 def replay(config: Config, steps: Sequence[Step], field: str, nvmx: type[Nvmx] = Nvmx) -> Replay:
@@ -125,13 +165,16 @@ def replay(config: Config, steps: Sequence[Step], field: str, nvmx: type[Nvmx] =
     LabError
         If a step cannot happen where it stands, or there are too many that write the field.
     """
+    field = vmcs.field(field).name
     tracked = Tracked(
-        vmcs.field(field).name,
+        field,
         role(field, config),
         field in vmcs.saved_in_smram(),
         field in ENTRY_FAILURE,
     )
     l0 = nvmx(config)
+    l0.vmcs01[field] = START["vmcs01"]
+    l0.memory = {pointer: ({field: START[pointer]}, False) for pointer in POINTERS}
     truth = Architecture(
         tracked.role,
         in_smram=tracked.in_smram,
@@ -141,27 +184,22 @@ def replay(config: Config, steps: Sequence[Step], field: str, nvmx: type[Nvmx] =
     origins: dict[int, Origin] = {}
     moments: list[Moment] = []
     for number, step in enumerate(steps):
-        if not possible(step, truth.standing, l0):
-            raise LabError(
-                "this step cannot happen here", where=f"step {number + 1}", got=str(step)
-            )
+        _check(step, number, truth.standing, l0, tracked)
         new = FIRST_VALUE + len(origins)
 
         def fresh(name: str, owner: str, new: int = new, number: int = number) -> int:
             if name != field:
-                return FIRST_VALUE
+                return OTHER_FIELD
             origins[new] = Origin(number, owner)
             return new
 
-        l0.trace = Trace()
+        l0.trace = trace = Trace()
         expected = apply_to_architecture(step, truth, tracked, fresh)
         seen, fault = None, ""
         try:
             l0, seen = apply_to_model(step, l0, fresh)
         except Violation as violation:
             fault = str(violation)
-        if len(origins) + FIRST_VALUE > LAST_VALUE:
-            raise LabError("too many steps write the field", where=f"step {number + 1}", got=field)
         about_it = step.arg == field or isinstance(seen, VmFail) or isinstance(expected, Fail)
         if not about_it or (expected is None and not isinstance(seen, VmFail)):
             seen = expected = None
@@ -171,7 +209,7 @@ def replay(config: Config, steps: Sequence[Step], field: str, nvmx: type[Nvmx] =
             {cell: _known(truth.cells[cell]) for cell in CELLS},
             l0.control,
             truth.standing,
-            l0.trace,
+            trace,
             seen,
             expected,
             fault,
@@ -179,7 +217,20 @@ def replay(config: Config, steps: Sequence[Step], field: str, nvmx: type[Nvmx] =
         moments.append(moment)
         if moment.wrong:
             break
+        if new not in moment.l0.values() and new not in moment.truth.values():
+            origins.pop(new, None)  # offered, not taken
+        if len(origins) + FIRST_VALUE > LAST_VALUE:
+            raise LabError("too many steps write the field", where=f"step {number + 1}", got=field)
     return Replay(config, field, tuple(moments), origins)
+
+
+def _check(step: Step, number: int, standing: Standing, l0: Nvmx, tracked: Tracked) -> None:
+    where = f"step {number + 1}"
+    if not possible(step, standing, l0):
+        raise LabError("this step cannot happen here", where=where, got=str(step))
+    of_l2 = step.word in ("L2_READ", "L2_WRITE")
+    if of_l2 and step.arg == tracked.name and tracked.role != "saved":
+        raise LabError("the field is no state of L2", where=where, got=str(step))
 
 
 def _value(l0: Nvmx, cell: str, field: str) -> int:

@@ -7,6 +7,7 @@ it is right for fresh ones). Cells that nobody will ever look at again count as 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +20,7 @@ from nvmx_lab.nested.flows import (
     FRESH_A,
     FRESH_B,
     L1S_OWN,
+    OTHER_FIELD,
     UNDEFINED,
     ZERO,
     Flow,
@@ -40,6 +42,8 @@ UNINITIALISED: Final = "uninitialised"
 STALE: Final = "stale"
 OTHER: Final = "another VMCS's"
 L1S: Final = "L1's own"
+FOREIGN: Final = "another field's"
+WRONG_VALUES: Final = (STALE, UNINITIALISED, OTHER, L1S, FOREIGN)
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,28 @@ class Failure:
 
 def live_cells(table: FlowTable) -> list[frozenset[int]]:
     """Return, for each place, the cells whose value somebody may still see."""
-    live: list[set[int]] = [set() for _ in table]
+    live: list[frozenset[int]] = [frozenset() for _ in table]
+    used: dict[tuple[bytes, frozenset[int]], frozenset[int]] = {}
     changed = True
     while changed:
         changed = False
         for place in reversed(range(len(table))):
-            before = len(live[place])
+            before = live[place]
             for _, flow in table[place]:
-                if not flow.fault:
-                    used = {flow.moves[cell] for cell in live[flow.after]} | {*(flow.seen or ())}
-                    live[place] |= {source for source in used if source < WIDTH}
-            changed |= len(live[place]) != before
-    return [frozenset(cells) for cells in live]
+                if flow.seen:
+                    live[place] |= _cells(flow.seen)
+                if flow.fault:
+                    continue
+                after = live[flow.after]
+                if (flow.moves, after) not in used:
+                    used[flow.moves, after] = _cells(flow.moves[cell] for cell in after)
+                live[place] |= used[flow.moves, after]
+            changed |= live[place] != before
+    return live
+
+
+def _cells(sources: Iterable[int]) -> frozenset[int]:
+    return frozenset(source for source in sources if source < WIDTH)
 
 
 class Search:
@@ -88,21 +102,27 @@ class Search:
     Attributes
     ----------
     states, transitions : int
-        States visited, and steps taken from them.
+        States visited, and steps taken from them; of steps that do the same in a state, one.
     depth : int
         Steps from the start to the farthest state.
     complete : bool
         Whether there is nothing beyond.
+
+    Raises
+    ------
+    LabError
+        If the states cannot be numbered in 64 bits.
     """
 
     def __init__(self, table: FlowTable, limit: int | None = None) -> None:
         self._limit = limit
-        table = _without_dead_cells(table)
+        live = live_cells(table)
+        table = _without_dead_cells(table, live)
         self._flows = [(step, flow) for flows in table for step, flow in flows]
         counts = [len(flows) for flows in table]
         self._count = np.array(counts, dtype=np.int64)
         self._first = np.cumsum([0, *counts[:-1]], dtype=np.int64)
-        self._number_values()
+        self._number_values(frozenset[int]().union(*live))
         self._after = np.array([flow.after for _, flow in self._flows], dtype=np.int64)
         self._goes_on = np.array(
             [
@@ -126,10 +146,11 @@ class Search:
 
     # -- values as small numbers ---------------------------------------------------------------
 
-    def _number_values(self) -> None:
+    def _number_values(self, live: frozenset[int]) -> None:
         """Assign numbers to the constants; a value is numbered by the first cell that has it.
 
-        Two numbers for each such cell: the value belongs to VMCS A, or to B.
+        Two numbers for each such cell: the value belongs to VMCS A, or to B. A cell that is never
+        `live` only has a constant.
         """
         fresh = (FRESH_A, FRESH_B)
         sources = {s for _, flow in self._flows for s in (*flow.moves, *(flow.seen or ()))}
@@ -142,26 +163,25 @@ class Search:
         self._beyond = np.array([*range(known), new, new + 1], dtype=np.uint8)
         order = [*range(WIDTH), *self._constants, *fresh]
         self._sources = {source: index for index, source in enumerate(order)}
-        radix = [known + 2 * (column + 1) for column in range(WIDTH)]
+        radix = [known + 2 * (column + 1) * (column in live) for column in range(WIDTH)]
         weights = [1]
         for base in radix:
             weights.append(weights[-1] * base)
         if weights[-1] * len(self._count) >= 2**64:
-            raise LabError("too many control states for the explorer", got=len(self._count))
+            raise LabError(
+                "too many control states: a state's number does not fit 64 bits",
+                where="search of the explorer",
+                got=len(self._count),
+                allowed=f"at most {2**64 // weights[-1]} with {known} constant values",
+                mend="let the sync policy remember less, or leave out steps (`without`)",
+            )
         self._weights = np.array(weights, dtype=np.uint64)
 
     def _canonical(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         known = len(self._constants)
-        named = values.copy()
-        for column in range(WIDTH):
-            first = np.full(len(values), column, dtype=np.uint8)
-            for earlier in reversed(range(column)):
-                first[values[:, earlier] == values[:, column]] = earlier
-            owner = (values[:, column] - known) & 1
-            named[:, column] = np.where(
-                values[:, column] >= known, known + 2 * first + owner, values[:, column]
-            )
-        return named
+        first = (values[:, :, None] == values[:, None, :]).argmax(axis=2).astype(np.uint8)
+        owner = (values - known) & 1
+        return np.where(values >= known, known + 2 * first + owner, values)
 
     def _keys(
         self, places: npt.NDArray[np.int64], values: npt.NDArray[np.uint8]
@@ -197,7 +217,7 @@ class Search:
             at = np.searchsorted(visited, keys)
             known = visited[np.minimum(at, len(visited) - 1)] == keys
             keys, first = keys[~known], first[~known]
-            visited = np.union1d(visited, keys)
+            visited = np.insert(visited, at[~known], keys)
             parents.append(rows[first] + before)
             vias.append(flows[first])
             before += len(values)
@@ -229,7 +249,7 @@ class Search:
         known = len(self._constants)
         if got < known:
             source = self._constants[got]
-            return {ZERO: UNINITIALISED, L1S_OWN: L1S}.get(source, STALE)
+            return {ZERO: UNINITIALISED, L1S_OWN: L1S, OTHER_FIELD: FOREIGN}.get(source, STALE)
         return STALE if want < known or (got - want) % 2 == 0 else OTHER
 
     def _path(self, state: int) -> list[Step]:
@@ -247,14 +267,17 @@ class Search:
         )
 
 
-def _without_dead_cells(table: FlowTable) -> list[list[tuple[Step, Flow]]]:
-    live = live_cells(table)
+def _without_dead_cells(
+    table: FlowTable, live: Sequence[frozenset[int]]
+) -> list[list[tuple[Step, Flow]]]:
     cut: list[list[tuple[Step, Flow]]] = []
+    known: dict[tuple[bytes, frozenset[int]], bytes] = {}
     for flows in table:
         kept: dict[Flow, Step] = {}
         for step, flow in flows:
-            alive = live[flow.after]
-            moves = bytes(s if c in alive else ZERO for c, s in enumerate(flow.moves))
-            kept.setdefault(flow._replace(moves=moves), step)
+            key = flow.moves, live[flow.after]
+            if key not in known:
+                known[key] = bytes(s if c in key[1] else ZERO for c, s in enumerate(flow.moves))
+            kept.setdefault(Flow(flow.after, known[key], flow.seen, flow.fault), step)
         cut.append([(step, flow) for flow, step in kept.items()])
     return cut

@@ -41,7 +41,8 @@ ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "VMRESUME": ENTRIES,
         "L2_READ": (FIELD,),
         "L2_WRITE": (FIELD,),
-        "EXIT": (*REASONS, *(f"{reason}+pull" for reason in REASONS)),
+        "EXIT": (*REASONS, *(f"{reason}+pull" for reason in REASONS), "CPUID+signal"),
+        "RUN": (),
         "L0_EXIT": ("EPT_VIOLATION",),
         "L1_EXIT": ("RDMSR",),
         "SMI": (),
@@ -53,7 +54,8 @@ ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 """Word -> what its argument may be; `FIELD` stands for the name of a VMCS field.
 
-``EXIT HLT+pull`` tells a policy that knows the future that L1 will need a rare field.
+``EXIT HLT+pull`` tells a policy that knows the future that L1 will need a rare field. After
+``EXIT CPUID+signal`` L0 is in its user space before it enters L1, which ``RUN`` does.
 ``SET_NESTED_STATE L1`` restores a state in which L1 runs and A is its current VMCS, ``L2`` one in
 which L2 runs, ``on`` one without a current VMCS, ``off`` one without VMX; what it restores differs
 from all that was there. ``MIGRATE`` takes the state and goes on in a new vCPU.
@@ -111,11 +113,13 @@ def possible(step: Step, standing: Standing, l0: Nvmx) -> bool:
             return standing.vmxon
         case "RSM":
             return standing.smm
+        case "RUN":
+            return standing.interrupted
         case "EXIT":
             return standing.in_l2 and (not halted or arg.startswith("EXTERNAL_INTERRUPT"))
         case "L2_READ" | "L2_WRITE" | "L0_EXIT" | "SMI":
             return standing.in_l2 and not halted
-    if standing.in_l2 or standing.smm:
+    if standing.in_l2 or standing.smm or standing.interrupted:
         return False
     match word:
         case "L1_EXIT":
@@ -191,6 +195,8 @@ def apply_to_model(step: Step, l0: Nvmx, fresh: Fresh) -> tuple[Nvmx, object]:
             l0.l2_write(arg, fresh(arg, owner))
         case "EXIT":
             l0.nested_exit(arg, {name: fresh(name, owner) for name in exit_information()})
+        case "RUN":
+            l0.run()
         case "L0_EXIT":
             l0.l0_exit(arg)
         case "L1_EXIT":
@@ -216,7 +222,8 @@ def apply_to_model(step: Step, l0: Nvmx, fresh: Fresh) -> tuple[Nvmx, object]:
             )
         case "MIGRATE":
             state = l0.get_nested_state()
-            l0 = type(l0)(l0.config)
+            source, l0 = l0, type(l0)(l0.config)
+            l0.vmcs01 = source.vmcs01  # by other system calls
             l0.set_nested_state(state)
     return l0, seen
 
@@ -299,7 +306,9 @@ def apply_to_architecture(
             if arg == name:
                 truth.l2_write(fresh(name, owner))
         case "EXIT":
-            truth.exit(fresh(name, owner))
+            truth.exit(fresh(name, owner), interrupted=arg.endswith("+signal"))
+        case "RUN" | "MIGRATE":
+            truth.run()
         case "SMI":
             truth.smi()
         case "RSM":
@@ -316,6 +325,13 @@ def apply_to_architecture(
             if arg == "L2":
                 truth.load()
     return seen
+
+
+def said(answer: object) -> str:
+    """Say what an instruction of L1 answers."""
+    if isinstance(answer, VmFail | Fail):
+        return "VMfailInvalid" if answer.number is None else f"VMfailValid({answer.number})"
+    return "VMsucceed"
 
 
 def same(got: object, want: object) -> bool:

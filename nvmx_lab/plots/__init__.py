@@ -10,6 +10,7 @@ plot shows itself when it is the value of a cell.
 from nvmx_lab.plots.cycles import breakdown, published_totals
 from nvmx_lab.plots.figure import Plot, show
 from nvmx_lab.plots.savings import comparison, pull_rate, saving_intervals
+from nvmx_lab.plots.sequence import sequence, svg
 
 __all__ = [
     "Plot",
@@ -18,5 +19,7 @@ __all__ = [
     "published_totals",
     "pull_rate",
     "saving_intervals",
+    "sequence",
     "show",
+    "svg",
 ]

@@ -25,9 +25,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-from nvmx_lab import notebook_parameters
+from nvmx_lab import files, notebook_parameters
 from nvmx_lab.errors import LabError, unknown
-from nvmx_lab.reports import files, html, inputs, worker
+from nvmx_lab.reports import html, inputs, worker
 from nvmx_lab.reports.result import Record
 
 MAX_JOBS: Final = 256

@@ -9,9 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 import nvmx_lab
-from nvmx_lab import data
+from nvmx_lab import data, files
 from nvmx_lab.errors import LabError
-from nvmx_lab.reports import files
 
 # Of what else is installed, these decide the numbers and how they look.
 _DECIDING = ("numpy", "numba", "pandas", "pyarrow", "matplotlib", "papermill", "nbconvert")

@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nvmx_lab import notebook_parameters
+from nvmx_lab import files, notebook_parameters
 from nvmx_lab.errors import LabError, unknown
-from nvmx_lab.reports import batch, files, inputs, site, summary
+from nvmx_lab.reports import batch, inputs, site, summary
 
 ONE_MIX = notebook_parameters.ReproduceTheSaving.notebook
 ALL_MIXES = notebook_parameters.AcrossWorkloadMixes.notebook
 BREAKDOWN = notebook_parameters.WhereTheCyclesGo.notebook
+CORRECTNESS = notebook_parameters.IsItCorrect.notebook
 
 USUAL_MIX = "cpuid"
 """The mix to take apart if nothing else is asked for: the shortest exit that L1 handles."""
@@ -77,9 +78,10 @@ def reproduce(
         The mix whose round trip ``03_where_the_cycles_go`` takes apart; if not given "cpuid", or
         the first where that is not among the mixes.
     notebooks : Path, optional
-        The folder with the three notebooks; this package's own if not given.
+        The folder with the notebooks; this package's own if not given.
     **parameters
-        Parameters of all three notebooks: kvm_before, kvm_after, cpu, exits, seed.
+        Parameters of the notebooks on the saving: kvm_before, kvm_after, cpu, exits, seed; that on
+        correctness takes cpu and seed of them.
 
     Returns
     -------
@@ -103,10 +105,13 @@ def reproduce(
 
     def planned(notebook: str, name: str, **more: Any) -> batch.Task:
         path = folder / f"{notebook}.ipynb"
-        return batch.plan(path, {**shared, **more}, name=name, fingerprint=fingerprint)
+        known = notebook_parameters.NOTEBOOKS[notebook].model_fields
+        given = {key: value for key, value in shared.items() if key in known}
+        return batch.plan(path, {**given, **more}, name=name, fingerprint=fingerprint)
 
     tasks = [
-        # The longest first, so that no core waits for it at the end.
+        # The longest first, so that no core waits for them at the end.
+        planned(CORRECTNESS, CORRECTNESS),
         planned(ALL_MIXES, ALL_MIXES, mixes=names),
         planned(BREAKDOWN, BREAKDOWN, mix=taken_apart),
         *(planned(ONE_MIX, f"{ONE_MIX}--{name}", mix=name) for name in names),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nvmx_lab import files
 from nvmx_lab.errors import LabError
 from nvmx_lab.notebook_parameters import AcrossWorkloadMixes
-from nvmx_lab.reports import files, html
+from nvmx_lab.reports import html
 from nvmx_lab.reports.fragment import BADGES
 from nvmx_lab.reports.summary import Row, Sign, by_saving, headline
 

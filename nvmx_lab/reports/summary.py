@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nvmx_lab import files
 from nvmx_lab.errors import LabError
-from nvmx_lab.reports import files
 from nvmx_lab.reports.result import Record
 
 if TYPE_CHECKING:

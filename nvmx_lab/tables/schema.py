@@ -349,7 +349,10 @@ TOML: Final[dict[str, Section]] = {
     "l0_releases.toml": Section(
         tables={
             "features": Section(
-                each=Section(keys={**_MEANING, "off": Flag()}, optional=frozenset({"off"})),
+                each=Section(
+                    keys={**_MEANING, "off": Flag(), "mends": Text(), "evidence": Text()},
+                    optional=frozenset({"off", "mends", "evidence"}),
+                ),
                 each_name=SLUG,
             ),
             "releases": Section(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nvmx_lab import data, vmcs
 from nvmx_lab.errors import LabError
-from nvmx_lab.nested import model
+from nvmx_lab.nested import model, policies
 from nvmx_lab.nested import paths as module
 from nvmx_lab.nested.config import Config, base_features, features, releases
 from nvmx_lab.nested.model import CONFIG_TOKENS, DYNAMIC, Nvmx
@@ -21,10 +21,11 @@ from tests.nested import words
 
 
 def literals() -> set[str]:
-    """Return every plain string in the model's source."""
-    tree = ast.parse(Path(model.__file__).read_text(encoding="utf-8"))
+    """Return every plain string in the source of the model and of its policies."""
+    trees = (ast.parse(Path(m.__file__).read_text(encoding="utf-8")) for m in (model, policies))
     return {
         node.value
+        for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from nvmx_lab import vmcs
 from nvmx_lab.nested.config import Config
-from nvmx_lab.nested.model import Nvmx, Trace, VmFail
+from nvmx_lab.nested.model import Nvmx, Trace, Violation, VmFail
+from nvmx_lab.nested.mutants import MUTANTS
 from tests import naive
 
 LOOKS, ALL = 16, 1000  # fields to read after a step: the last ones written, and some more
@@ -666,189 +667,53 @@ def test_clearing_the_flag_with_vmcs02_would_mend_it(kvm: str) -> None:
 
 # Mutations: a comparison that cannot fail is none.
 
+# Walks have no SMI, no entry that fails late and none into HLT, and they step around the bug that
+# the flag outlives vmcs02.
+NOT_WALKED = {
+    "flag-outlives-vmcs02": "free_nested while the flag is set",
+    "flag-cleared-at-vmresume": "an entry that fails late",
+    "late-failure-syncs": "an entry that fails late",
+    "shadow-not-written-after-failed-entry": "an entry that fails late",
+    "flag-not-set-at-smi": "SMI",
+    "smi-does-not-sync": "SMI",
+    "cr3-written-when-l2-runs": "an entry into HLT",
+}
+# Where one field alone shows it, the first walk that happens upon that field.
+FIRST_SEED = {
+    "intr-status-under-tpr-shadow": 36,
+    "rare-reader-forgets-a-field": 35,
+    "vmread-forgets-a-field": 84,
+}
+WALKS_OF_A_HARMLESS_MUTANT = 3
+
 
 def flag(m: Nvmx, value: bool) -> None:
     m.control = replace(m.control, need_sync_vmcs02_to_vmcs12_rare=value)
 
 
-def without(name: str, within: str) -> type[Nvmx]:
-    """Return a model in which one method does nothing while another runs."""
-    inner, outer = getattr(Nvmx, name), getattr(Nvmx, within)
-
-    class Mutant(Nvmx):
-        skipping = False
-
-    def do_nothing_within(self: Mutant, *args: object, **kwargs: object) -> object:
-        return None if self.skipping else inner(self, *args, **kwargs)
-
-    def run_outer(self: Mutant, *args: object, **kwargs: object) -> object:
-        before, self.skipping = self.skipping, True
-        try:
-            return outer(self, *args, **kwargs)
-        finally:
-            self.skipping = before
-
-    setattr(Mutant, name, do_nothing_within)
-    setattr(Mutant, within, run_outer)
-    return Mutant
+def finds(mutation: str, seed: int) -> bool:
+    """Return whether a walk tells the mutant from the twin; it cannot tell the model."""
+    mutant = MUTANTS[mutation]
+    config = Config.of("6.1", **mutant.options)  # the twin knows what releases do, not the mends
+    try:
+        run(config, walk(seed), mutant.nvmx)
+    except (Difference, Violation):
+        run(config, walk(seed))  # it is the mutation, not the model
+        return True
+    return False
 
 
-def forgetting(names: Iterable[str], method: str) -> type[Nvmx]:
-    """Return a model in which a method leaves some fields of vmcs12 as they were."""
-    names, original = tuple(names), getattr(Nvmx, method)
-
-    class Mutant(Nvmx):
-        pass
-
-    def run_and_forget(self: Mutant, *args: object, **kwargs: object) -> None:
-        before = {name: self.vmcs12.get(name, 0) for name in names}
-        original(self, *args, **kwargs)
-        self.vmcs12.update(before)
-
-    setattr(Mutant, method, run_and_forget)
-    return Mutant
-
-
-PULL = "copy_vmcs02_to_vmcs12_rare"
-
-
-class PullsForRareWritesOnly(without(PULL, "handle_vmwrite")):  # type: ignore[misc]
-    def handle_vmwrite(self, name: str, value: int) -> object:
-        if vmcs.is_rare(name):
-            self.copy_vmcs02_to_vmcs12_rare()
-        return super().handle_vmwrite(name, value)
-
-
-class PullsAfterTheWrite(without(PULL, "handle_vmwrite")):  # type: ignore[misc]
-    def handle_vmwrite(self, name: str, value: int) -> object:
-        result = super().handle_vmwrite(name, value)
-        self.copy_vmcs02_to_vmcs12_rare()
-        return result
-
-
-class RareFieldShadowed(Nvmx):
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.shadow_rw = (*self.shadow_rw, "GUEST_GS_BASE")
-
-
-class ClearsTheFlagFirst(Nvmx):
-    def copy_vmcs02_to_vmcs12_rare(self) -> None:
-        flag(self, False)
-        super().copy_vmcs02_to_vmcs12_rare()
-
-
-class NeverClearsTheFlag(Nvmx):
-    def sync_vmcs02_to_vmcs12_rare(self) -> None:
-        before = self.control.need_sync_vmcs02_to_vmcs12_rare
-        super().sync_vmcs02_to_vmcs12_rare()
-        flag(self, before)
-
-
-class PullsFromVmcs01(Nvmx):
-    def copy_vmcs02_to_vmcs12_rare(self) -> None:
-        if self.control.need_sync_vmcs02_to_vmcs12_rare:
-            self.vmcs12.update({name: self.vmcs01.get(name, 0) for name in naive.RARE})
-            flag(self, False)
-
-
-class CodeSegmentRightsAreRare(Nvmx):
-    def sync_vmcs02_to_vmcs12(self, **options: bool) -> None:
-        before = self.vmcs12.get("GUEST_CS_AR_BYTES", 0)
-        super().sync_vmcs02_to_vmcs12(**options)
-        self.vmcs12["GUEST_CS_AR_BYTES"] = before
-
-    def sync_vmcs02_to_vmcs12_rare(self) -> None:
-        super().sync_vmcs02_to_vmcs12_rare()
-        self.vmcs12["GUEST_CS_AR_BYTES"] = self.vmcs02.get("GUEST_CS_AR_BYTES", 0)
-
-
-class WritesStayClean(Nvmx):
-    def handle_vmwrite(self, name: str, value: int) -> object:
-        before = self.control.dirty_vmcs12
-        result = super().handle_vmwrite(name, value)
-        self.control = replace(self.control, dirty_vmcs12=before)
-        return result
-
-
-class ForgetsLaunch(Nvmx):
-    def nested_vmx_vmexit(self, **options: bool) -> None:
-        super().nested_vmx_vmexit(**options)
-        self.control = replace(self.control, launched=False)
-
-
-class EntryWritesNothing(Nvmx):
-    def prepare_vmcs02(self) -> None:
-        pass
-
-
-LAZY_53 = Config.of("5.3")
-TRAPPING = Config.of("5.3", shadow_vmcs=False)
-MUTANTS: dict[str, tuple[type[Nvmx], Config]] = {
-    "no pull in VMREAD": (without(PULL, "handle_vmread"), LAZY_53),
-    "no pull in VMWRITE": (without(PULL, "handle_vmwrite"), LAZY_53),
-    "pull in VMWRITE only if the field is rare": (PullsForRareWritesOnly, LAZY_53),
-    "pull after the write": (PullsAfterTheWrite, LAZY_53),
-    "no pull in release": (without(PULL, "nested_release_vmcs12"), LAZY_53),
-    "no pull in GET_NESTED_STATE": (without(PULL, "get_nested_state"), Config.of("5.11")),
-    "no rare sync of a running L2": (
-        without("sync_vmcs02_to_vmcs12_rare", "get_nested_state"),
-        LAZY_53,
-    ),
-    "lazy with eVMCS": (
-        forgetting(naive.RARE, "sync_vmcs02_to_vmcs12"),
-        Config.of("5.3", evmcs=True),
-    ),
-    "rare field in the shadow list": (RareFieldShadowed, LAZY_53),
-    "flag cleared before the reader": (ClearsTheFlagFirst, LAZY_53),
-    "flag never cleared": (NeverClearsTheFlag, LAZY_53),
-    "pull without vmcs02": (PullsFromVmcs01, TRAPPING),
-    "CS access rights rare": (CodeSegmentRightsAreRare, LAZY_53),
-    "one rare field forgotten, eager": (
-        forgetting(["GUEST_IDTR_LIMIT"], "sync_vmcs02_to_vmcs12_rare"),
-        Config.of("5.2"),
-    ),
-    "one rare field forgotten, lazy": (
-        forgetting(["GUEST_IDTR_LIMIT"], "sync_vmcs02_to_vmcs12_rare"),
-        Config.of("6.1"),
-    ),
-    "an eager field under a condition that does not hold": (
-        forgetting(["GUEST_INTERRUPTIBILITY_INFO"], "sync_vmcs02_to_vmcs12"),
-        LAZY_53,
-    ),
-    "PDPTRs under a condition that does not hold": (
-        forgetting((f"GUEST_PDPTR{n}" for n in range(4)), "sync_vmcs02_to_vmcs12"),
-        Config.of("5.3", pae=True),
-    ),
-    "VMWRITE leaves vmcs12 clean": (WritesStayClean, LAZY_53),
-    "shadow VMCS not read at entry": (
-        without("copy_shadow_to_vmcs12", "nested_vmx_run"),
-        LAZY_53,
-    ),
-    "shadow VMCS not read at release": (
-        without("copy_shadow_to_vmcs12", "nested_release_vmcs12"),
-        LAZY_53,
-    ),
-    "shadow VMCS not written": (without("copy_vmcs12_to_shadow", "vmx_vcpu_run"), LAZY_53),
-    "VMWRITE of a RO-shadowed field not mirrored": (
-        without("_shadow_copy", "handle_vmwrite"),
-        LAZY_53,
-    ),
-    "launch state lost": (ForgetsLaunch, TRAPPING),
-    "entry writes nothing": (EntryWritesNothing, TRAPPING),
-}
-
-
-@pytest.mark.parametrize("mutation", MUTANTS)
+@pytest.mark.parametrize("mutation", [name for name in MUTANTS if not MUTANTS[name].harmless])
 def test_the_comparison_finds_the_mutation(mutation: str) -> None:
-    mutant, config = MUTANTS[mutation]
-    for seed in range(100):
-        try:
-            run(config, walk(seed), mutant)
-        except Difference:
-            run(config, walk(seed))  # it is the mutation, not the model
-            return
-    pytest.fail("no walk tells the mutant from the model")
+    if mutation in NOT_WALKED:
+        assert not any(finds(mutation, seed) for seed in range(WALKS_OF_A_HARMLESS_MUTANT))
+    else:
+        assert any(finds(mutation, seed) for seed in range(FIRST_SEED.get(mutation, 0), 100))
+
+
+@pytest.mark.parametrize("mutation", [name for name in MUTANTS if MUTANTS[name].harmless])
+def test_the_comparison_does_not_find_a_mutation_that_nobody_can_see(mutation: str) -> None:
+    assert not any(finds(mutation, seed) for seed in range(WALKS_OF_A_HARMLESS_MUTANT))
 
 
 # Instruction counts that the descriptions state.

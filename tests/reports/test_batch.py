@@ -13,8 +13,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from nvmx_lab import files
 from nvmx_lab.errors import LabError
-from nvmx_lab.reports import batch, files
+from nvmx_lab.reports import batch
 
 TITLE = ("markdown", "# A question\n\nAn answer.")
 N = ("code", "n = 1", "parameters")

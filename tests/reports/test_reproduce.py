@@ -7,8 +7,9 @@ import json
 import pandas as pd
 import pytest
 
+from nvmx_lab import files
 from nvmx_lab.errors import LabError
-from nvmx_lab.reports import batch, files, reproduce
+from nvmx_lab.reports import batch, reproduce
 from nvmx_lab.workload import mixes
 
 from .conftest import PARAMETERS, notebook
@@ -30,6 +31,9 @@ def folder(tmp_path_factory):
     notebook(here / "01_reproduce_the_saving.ipynb", ("markdown", "# One"), one, ("code", PUBLISH))
     notebook(here / "02_across_workload_mixes.ipynb", ("markdown", "# All of them"), every)
     notebook(here / "03_where_the_cycles_go.ipynb", ("markdown", "# Where"), one)
+    correct = 'kvm = "6.1"\nsync = ""\nmutant = ""\ncpu = "skylake-2015"\nseed = 1'
+    correct_cell = ("code", correct, "parameters")
+    notebook(here / "10_is_it_correct.ipynb", ("markdown", "# Correct"), correct_cell)
     return here
 
 
@@ -37,7 +41,7 @@ def test_site_and_a_second_run(folder, tmp_path, page_of):
     names = list(mixes.names()[:2])[::-1]
     out = tmp_path / "out"
     made = reproduce.reproduce(names, jobs=2, out=out, notebooks=folder, seed=3)
-    assert (made.exit_status, made.reports, made.reused) == (0, 4, 0)
+    assert (made.exit_status, made.reports, made.reused) == (0, 5, 0)
     table = pd.read_parquet(out / "summary.parquet")
     assert list(table["mix"]) == names
     assert list(table["report"]) == [f"01_reproduce_the_saving--{name}.html" for name in names]
@@ -50,7 +54,7 @@ def test_site_and_a_second_run(folder, tmp_path, page_of):
     assert record["seed"] == 3
     assert record["arguments"]["mixes"] == names
     assert record["arguments"]["kvm_before"] == "5.2"
-    assert len(record["reports"]) == 4
+    assert len(record["reports"]) == 5
     for report in record["reports"]:
         assert report["parameters"]["seed"] == 3
         for name, digest in report["files"].items():
@@ -59,8 +63,8 @@ def test_site_and_a_second_run(folder, tmp_path, page_of):
     assert str(tmp_path) not in json.dumps(record)
 
     again = reproduce.reproduce(names, jobs=2, out=out, notebooks=folder, seed=3)
-    assert (again.exit_status, again.reports, again.reused) == (0, 4, 4)
-    assert len(list(out.iterdir())) == 3 * 4 + 4
+    assert (again.exit_status, again.reports, again.reused) == (0, 5, 5)
+    assert len(list(out.iterdir())) == 3 * 5 + 4
 
 
 @pytest.mark.parametrize(
