@@ -38,6 +38,10 @@ ENVIRONMENTS: Final[Mapping[str, Mapping[str, bool]]] = MappingProxyType(
 """Machines on which an L0 is checked: name -> options of `Config`."""
 
 
+COMPANIONS: Final = ("GUEST_GS_BASE", "GUEST_RIP", "GUEST_CS_AR_BYTES", "HOST_RIP")
+"""A field of each kind, as L0 treats accesses: rare, shadowed for both or for reading, trapping."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One way in which an L0 fails.
@@ -132,8 +136,9 @@ def explore(
     without : collection of str, optional
         Words of steps that do not happen (``SET_NESTED_STATE``).
     fields : collection of str, optional
-        Explore only the classes that contain one of these fields of vmcs12; by default all. The
-        whole L0 is compiled all the same, so steps about other fields happen too.
+        Explore only the classes that contain one of these fields of vmcs12; by default all. Steps
+        about fields of other classes do not happen then, but for one of each kind of access: to a
+        rare field, a shadowed one, one that traps, and one that vmcs12 lacks.
     each_field : bool, optional
         Whether to try the steps about every field, to see that those of a class are treated alike;
         else only a change of the model that no path and no set of fields shows goes unnoticed: one
@@ -212,14 +217,13 @@ def _compiled(
     """
     gated = gated_by_a_write(nvmx(config))
     classes = field_classes(config, nvmx)
-    common = [fields for fields in classes if not gated.intersection(fields)]
-    flows, common = _compile_common(config, nvmx, common, without, each_field=each_field)
-    rare = next(names[0] for names in common if vmcs.is_rare(names[0]))
-    companions = (rare, "HOST_RIP", "GUEST_RIP", _absent())
-    yield flows, common
-    for fields in classes:
-        if gated.intersection(fields) and not wanted.isdisjoint(fields):
-            yield Flows(config, nvmx, [fields[0], *companions], without), [fields]
+    asked = [fields for fields in classes if not wanted.isdisjoint(fields)]
+    common = [fields for fields in asked if not gated.intersection(fields)]
+    if common:
+        yield _compile_common(config, nvmx, common, without, each_field=each_field)
+    for fields in asked:
+        if gated.intersection(fields):
+            yield Flows(config, nvmx, [fields[0], *COMPANIONS, _absent()], without), [fields]
 
 
 def _compile_common(
@@ -233,7 +237,8 @@ def _compile_common(
     """Compile with one field of each class, two of the rare ones; split classes that differ."""
     while True:
         chosen = [name for fields in classes for name in fields[: 1 + vmcs.is_rare(fields[0])]]
-        flows = Flows(config, nvmx, [*chosen, _absent()], without)
+        chosen += [name for name in (*COMPANIONS, _absent()) if name not in chosen]
+        flows = Flows(config, nvmx, chosen, without)
         split = [part for fields in classes for part in flows.alike(fields)]
         if each_field and len(split) == len(classes):
             apart = flows.unlike(classes)
@@ -259,14 +264,13 @@ def field_classes(config: Config, nvmx: type[Nvmx] = Nvmx) -> list[tuple[str, ..
     gated = gated_by_a_write(l0)
     copied: dict[str, list[Hashable]] = defaultdict(list)
     for path, rows in l0.resolved_paths.items():
-        for number, row in enumerate(rows):
+        for row in rows:
             for access in row.accesses if row.copies_vmcs12 else ():
                 # "changed:" names the field itself.
                 condition = tuple(token.partition(":")[0] for token in row.condition)
-                alone = access.field in gated and number
-                copied[access.field].append((path, access.op, condition, alone))
+                copied[access.field].append((path, access.op, condition))
     classes: dict[Hashable, list[str]] = defaultdict(list)
-    for name in in_vmcs12():
+    for name in dict.fromkeys((*COMPANIONS, *in_vmcs12())):
         group = vmcs.field(name).evmcs_clean_group
         key = (
             role(name, config),

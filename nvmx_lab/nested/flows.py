@@ -8,7 +8,6 @@ fields never mix is checked in passing. Exploring every state then needs no mode
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 from nvmx_lab import vmcs
@@ -70,12 +69,23 @@ class _Mark(int):
 
 
 def _free_of_charge(nvmx: type[Nvmx]) -> type[Nvmx]:
-    """Return the model without its accounts: what a step costs plays no part here."""
+    """Return the model without its accounts, and without accesses that move no value.
+
+    What a step costs plays no part here.
+    """
+
+    def make(self: Nvmx, config: Config) -> None:
+        nvmx.__init__(self, config)
+        self.resolved_paths = {
+            path: tuple(row for row in rows if row.copies_vmcs12)
+            for path, rows in self.resolved_paths.items()
+        }
 
     def nothing(self: Nvmx, *args: object) -> None:
         del self, args
 
-    return type(nvmx.__name__, (nvmx,), {"_emit": nothing, "_stretch": nothing})
+    free = {"__init__": make, "_emit": nothing, "_stretch": nothing}
+    return type(nvmx.__name__, (nvmx,), free)
 
 
 class _Kind(NamedTuple):
@@ -256,8 +266,7 @@ class Flows:
     def _relevant(self, control: Control) -> Control:
         """Drop what decides only about cost: no row that copies vmcs12 depends on it."""
         if control not in self._relevants:
-            self._relevants[control] = replace(
-                control,
+            self._relevants[control] = control._replace(
                 controls_written=frozenset(),
                 host_rsp_stale=frozenset(),
                 dr_unlocked=False,

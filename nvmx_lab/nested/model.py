@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nvmx_lab import vmcs
@@ -58,8 +58,7 @@ class VmFail(NamedTuple):
     number: int | None
 
 
-@dataclass(frozen=True)
-class Control:
+class Control(NamedTuple):
     """The control state: all that decides which instructions L0 executes, besides the operation.
 
     Attributes
@@ -256,7 +255,7 @@ class Nvmx:
     # -- control state -------------------------------------------------------------------------
 
     def _set(self, **changes: object) -> None:
-        self.control = replace(self.control, **changes)  # type: ignore[arg-type]
+        self.control = self.control._replace(**changes)  # type: ignore[arg-type]
 
     def remember(self, memory: Hashable) -> None:
         """Keep what the sync policy wants to know later; part of the control state."""

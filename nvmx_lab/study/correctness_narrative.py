@@ -87,10 +87,10 @@ def _fields(judged: Judged) -> str:
 
 
 def story(told: Told | None) -> str:
-    """Return the story of a counterexample and its diagram in text, as Markdown."""
+    """Return the story of a counterexample, as Markdown."""
     if told is None:
         return "There is none: nobody sees a wrong value."
-    return f"```text\n{told.story}\n```\n\n```text\n{told.diagram}\n```"
+    return f"```text\n{told.story}\n```"
 
 
 def history(frame: pd.DataFrame) -> pd.DataFrame:

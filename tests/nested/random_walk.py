@@ -50,6 +50,8 @@ LOADS_BNDCFGS = naive.IA32E_MODE | naive.LOAD_BNDCFGS
 FIXED_BITS = {"VM_ENTRY_CONTROLS": LOADS_BNDCFGS}
 
 REASONS = ("CPUID", "HLT", "IO_INSTRUCTION", "CR_ACCESS", "EPT_VIOLATION", "EXTERNAL_INTERRUPT")
+OWNERS = ("", "A", "B", "L1")
+LAST_ERROR = 28  # the SDM's VM-instruction errors
 EPISODE = 300  # steps with the same few fields, so that what was written is soon read
 FOCUS = 2  # rare fields, fields that L2 can change, fields of any kind: so many of each
 FORGET_TRACE = 64
@@ -170,14 +172,15 @@ class Walk:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.random = random.Random(f"{self.seed} {config}")
+        # Not the text of the configuration: a set's order differs from run to run.
+        on = sorted(config.kvm.features) + [n for n, v in vars(config).items() if v is True]
+        self.random = random.Random(f"{self.seed} {config.kvm.name} {config.sync} {on}")
         self.saves_also = (
             *(("GUEST_BNDCFGS",) if config.mpx else ()),
             *(("GUEST_INTR_STATUS",) if config.vid else ()),
             *((f"GUEST_PDPTR{n}" for n in range(4)) if config.pae else ()),
         )
         self.reads, self.writes = self._accesses()
-        self.origin: dict[tuple[str, int], str] = {}
         self.values = 0
         self._start()
 
@@ -199,7 +202,10 @@ class Walk:
     # -- values --------------------------------------------------------------------------------
 
     def value(self, name: str, owner: str | None = None) -> int:
-        """Return a value that the field did not have before (as far as its width allows)."""
+        """Return a value that the field did not have before (as far as its width allows).
+
+        Its two lowest bits say whose it is, and so it is never zero: that is what nobody wrote.
+        """
         self.values += 1
         if name == "GUEST_ACTIVITY_STATE":
             return self.values & 1
@@ -209,30 +215,23 @@ class Walk:
             value &= naive.ACCESS_RIGHTS_MASK
         if self.config.evmcs and name == "VM_ENTRY_INTR_INFO_FIELD":
             value &= ~naive.EVENT_VALID  # who clears it in the page is not described
-        value |= FIXED_BITS.get(name, 1)  # never zero: that is what nobody wrote
-        self.origin[name, value] = owner or self.truth.pointer or "A"
-        if len(self.origin) > 400_000:
-            self.origin.clear()  # old enough: the worst is a stale value without an owner
-        return value
+        whose = OWNERS.index(owner or self.truth.pointer or "A")
+        return value & ~3 | whose | FIXED_BITS.get(name, 0)
 
     def _of_l2(self, name: str) -> int:
         value = self.value(name)
-        if name in naive.ACCESS_RIGHTS:
-            value &= naive.ACCESS_RIGHTS_MASK  # a processor has no other rights
-            self.origin[name, value] = self.truth.pointer or "A"
-        return value
+        # A processor has no other rights.
+        return value & naive.ACCESS_RIGHTS_MASK if name in naive.ACCESS_RIGHTS else value
 
-    def _kind(self, name: str, got: int, want: int) -> str:
+    @staticmethod
+    def _kind(name: str, got: int, want: int) -> str:
         if got == 0:
-            return "uninitialised"  # nobody writes a zero
-        origin = self.origin.get((name, got))
-        if origin is None:
-            masked = [o for (n, v), o in self.origin.items() if n == name and v & 0x1F0FF == got]
-            origin = masked[-1] if masked and name in naive.ACCESS_RIGHTS else None
-        if origin == "L1":
+            return "uninitialised"
+        if name == "VM_INSTRUCTION_ERROR" and min(got, want) <= LAST_ERROR:
+            return "stale"  # the number of a VMfail is nobody's
+        if OWNERS[got & 3] == "L1":
             return "L1's own"
-        owner = self.origin.get((name, want))
-        return "another VMCS's" if origin and owner and origin != owner else "stale"
+        return "stale" if want == 0 or got & 3 == want & 3 else "another VMCS's"
 
     # -- what can happen -----------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from nvmx_lab.nested.replay import replay
 
 BASE = "6.1+flag-reset+smm-shadow-sync"  # on which the explorer finds nothing
 NAME = "under-test"
+USED_MOST = "GUEST_GS_BASE"
 USER_SPACE = ("SMI", "RSM", "SET_NESTED_STATE", "MIGRATE", "GET_NESTED_STATE")
 
 GROUPS = ("_SELECTOR", "_LIMIT", "_AR_BYTES", "_BASE", "")
@@ -44,13 +45,13 @@ def needs_sync(l0: Nvmx) -> bool:
 
 
 class FetchedForever(PerField):
-    """Per field, and the field fetched last is not fetched again, not even after the next exit."""
+    """Per field, and the field used most is fetched once, not again after the next exit."""
 
     def before_vmread(self, l0: Nvmx, name: str) -> None:
-        if l0.control.policy_memory != name:
+        if name != USED_MOST or not l0.control.policy_memory:
             super().before_vmread(l0, name)
-        if vmcs.is_rare(name):
-            l0.remember(name)
+        if name == USED_MOST:
+            l0.remember("fetched")
 
 
 class OneGroupClearsTheFlag(SyncPolicy):
@@ -164,18 +165,17 @@ class EagerAfter(SyncPolicy):
         return reason not in ("HLT", "EPT_MISCONFIG", "IO_INSTRUCTION")
 
 
-class FetchedOnce(PerField):
-    """Per field, and a field fetched since the last exit is not fetched again."""
+class FetchedOnce(FetchedForever):
+    """The same, done right: an exit makes what was fetched old."""
 
     def at_exit(self, l0: Nvmx, reason: str, *, foreseen: bool) -> bool:
         l0.remember(None)
         return True
 
     def before_vmread(self, l0: Nvmx, name: str) -> None:
-        if l0.control.policy_memory != name:
-            super().before_vmread(l0, name)
-        if vmcs.is_rare(name) and needs_sync(l0):
-            l0.remember(name)  # the last one: remembering all would be 2^36 states
+        super().before_vmread(l0, name)
+        if not needs_sync(l0):
+            l0.remember(None)
 
 
 RIGHT: tuple[type[SyncPolicy], ...] = (Adaptive, EagerAfter, FetchedOnce)
@@ -330,13 +330,11 @@ class KeepsToItself(SyncPolicy):
     [
         OneFieldForgotten,
         HostStateDoesNotPull,
-        ControlsDoNotPull,
-        WrongAfterCrAccess,
+        pytest.param(ControlsDoNotPull, marks=pytest.mark.xfail(reason="compiled apart")),
+        pytest.param(WrongAfterCrAccess, marks=pytest.mark.xfail(reason="not in REASONS")),
         ForgetsToSwitchBack,
     ],
-    ids=lambda policy: policy.__name__,
 )
-@pytest.mark.xfail(reason="the explorer looks at one field of each class, and at few exit reasons")
 def test_a_policy_that_is_wrong_for_one_field_or_reason_is_caught(
     policy: type[SyncPolicy],
 ) -> None:
@@ -346,12 +344,18 @@ def test_a_policy_that_is_wrong_for_one_field_or_reason_is_caught(
 
 @pytest.mark.parametrize(
     "policy",
-    [DecidesByAccounts, DecidesByCost, DecidesByValue, KeepsToItself],
-    ids=lambda policy: policy.__name__,
+    [
+        pytest.param(DecidesByAccounts, marks=pytest.mark.xfail(reason="not noticed")),
+        pytest.param(DecidesByCost, marks=pytest.mark.xfail(reason="not noticed")),
+        pytest.param(DecidesByValue, marks=pytest.mark.xfail(reason="not noticed")),
+        KeepsToItself,
+    ],
 )
-@pytest.mark.xfail(reason="the explorer does not notice what a policy decides by")
 def test_a_policy_that_decides_by_what_is_not_explored_is_refused(
     policy: type[SyncPolicy],
 ) -> None:
-    with registered(policy) as name, pytest.raises(LabError, match="does not follow|attributes of its own"):
+    with (
+        registered(policy) as name,
+        pytest.raises(LabError, match=r"does not follow|attributes of its own"),
+    ):
         explore(Config.of(BASE, name), without=USER_SPACE)

@@ -6,7 +6,6 @@ import copy
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -688,7 +687,7 @@ WALKS_OF_A_HARMLESS_MUTANT = 3
 
 
 def flag(m: Nvmx, value: bool) -> None:
-    m.control = replace(m.control, need_sync_vmcs02_to_vmcs12_rare=value)
+    m.control = m.control._replace(need_sync_vmcs02_to_vmcs12_rare=value)
 
 
 def finds(mutation: str, seed: int) -> bool:
