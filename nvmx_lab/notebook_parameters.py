@@ -143,7 +143,11 @@ class IsItCorrect(_Parameters):
     sync : str
         Sync policy; empty for the release's own.
     mutant : str
-        A wrong variant of L0; empty for none.
+        A wrong variant of L0 to look at; empty for none.
+    releases : list of str
+        Releases of the history; empty for all.
+    mutants : list of str
+        Wrong variants of which to say whether they are caught; empty for all.
     cpu, seed
         As in `ReproduceTheSaving`.
     """
@@ -153,11 +157,21 @@ class IsItCorrect(_Parameters):
     kvm: Kvm = "6.1"
     sync: MaybeName = ""
     mutant: MaybeName = ""
+    releases: list[Kvm] = Field(default_factory=list, description="a list of KVM releases")
+    mutants: list[MaybeName] = Field(default_factory=list, description="a list of mutants' names")
     cpu: Cpu = "skylake-2015"
     seed: Seed = 1
 
 
 _KINDS = (ReproduceTheSaving, AcrossWorkloadMixes, WhereTheCyclesGo, IsItCorrect)
+
+_ENTRIES: Final[Mapping[str, tuple[str, type[_Parameters]]]] = MappingProxyType(
+    {
+        "mixes": ("mix", ReproduceTheSaving),
+        "releases": ("kvm", IsItCorrect),
+        "mutants": ("mutant", IsItCorrect),
+    }
+)
 
 Parameters = ReproduceTheSaving | AcrossWorkloadMixes | WhereTheCyclesGo | IsItCorrect
 
@@ -347,8 +361,9 @@ def _lab_error(notebook_name: str, kind: type[Parameters], first: ErrorDetails) 
     if first["type"] == "missing":
         return LabError("the parameter is missing", where=f"{notebook_name}: {name}")
     allowed = kind.model_fields[name].description
-    if len(first["loc"]) > 1:  # inside the list of mixes
-        allowed = ReproduceTheSaving.model_fields["mix"].description
+    if len(first["loc"]) > 1:  # inside a list: an entry is what the parameter for one of them is
+        single, of = _ENTRIES[name]
+        allowed = of.model_fields[single].description
     return LabError(
         "the parameter cannot be this",
         where=f"{notebook_name}: {place}",

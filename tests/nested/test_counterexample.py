@@ -16,11 +16,11 @@ from nvmx_lab.nested import counterexample as files
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.counterexample import Counterexample, load
 from nvmx_lab.nested.diagram import diagram, rows
-from nvmx_lab.nested.story import story
 from nvmx_lab.nested.explorer import ENVIRONMENTS, Finding
 from nvmx_lab.nested.model import Nvmx, VmFail
 from nvmx_lab.nested.replay import replay
 from nvmx_lab.nested.steps import parse, steps
+from nvmx_lab.nested.story import story
 
 
 def sequence(*texts):

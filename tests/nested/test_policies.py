@@ -248,7 +248,7 @@ class OneFieldForgotten(SyncPolicy):
     """Every rare field is pulled at a VMREAD but one that is like all the others."""
 
     def before_vmread(self, l0: Nvmx, name: str) -> None:
-        if name != "GUEST_GS_BASE":
+        if name != "GUEST_FS_BASE":
             super().before_vmread(l0, name)
 
 

@@ -31,7 +31,10 @@ def folder(tmp_path_factory):
     notebook(here / "01_reproduce_the_saving.ipynb", ("markdown", "# One"), one, ("code", PUBLISH))
     notebook(here / "02_across_workload_mixes.ipynb", ("markdown", "# All of them"), every)
     notebook(here / "03_where_the_cycles_go.ipynb", ("markdown", "# Where"), one)
-    correct = 'kvm = "6.1"\nsync = ""\nmutant = ""\ncpu = "skylake-2015"\nseed = 1'
+    correct = (
+        'kvm = "6.1"\nsync = ""\nmutant = ""\nreleases = []\nmutants = []\n'
+        'cpu = "skylake-2015"\nseed = 1'
+    )
     correct_cell = ("code", correct, "parameters")
     notebook(here / "10_is_it_correct.ipynb", ("markdown", "# Correct"), correct_cell)
     return here
