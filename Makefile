@@ -69,7 +69,7 @@ test: setup ## Lint, type-check and test (ARGS='-k NAME' selects tests)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest -n $(JOBS) $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --LabApp.extension_manager=readonly --notebook-dir=notebooks $(ARGS)

@@ -175,9 +175,12 @@ def explore(
             ]
             faults |= {f.wrong for f in findings if f.wrong not in WRONG_VALUES}
     findings.sort(key=lambda finding: len(finding.steps))
+    shortest: dict[tuple[str, str], Finding] = {}
+    for finding in findings:  # the rare fields are explored more than once
+        shortest.setdefault((finding.wrong, finding.field), finding)
     return Exploration(
         config,
-        tuple(findings),
+        tuple(shortest.values()),
         states,
         transitions,
         deepest,
@@ -218,12 +221,15 @@ def _compiled(
     gated = gated_by_a_write(nvmx(config))
     classes = field_classes(config, nvmx)
     asked = [fields for fields in classes if not wanted.isdisjoint(fields)]
+    rare = next(fields for fields in classes if COMPANIONS[0] in fields)
     common = [fields for fields in asked if not gated.intersection(fields)]
     if common:
         yield _compile_common(config, nvmx, common, without, each_field=each_field)
     for fields in asked:
         if gated.intersection(fields):
-            yield Flows(config, nvmx, [fields[0], *COMPANIONS, _absent()], without), [fields]
+            flows = Flows(config, nvmx, [fields[0], *COMPANIONS, _absent()], without)
+            # The rare fields too: what L0 does at a write to this one matters to them.
+            yield flows, [fields, rare]
 
 
 def _compile_common(

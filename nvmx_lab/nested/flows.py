@@ -43,7 +43,7 @@ another field's value, a new value for A or B; `NUMBER` + n is the VM-instructio
 
 SOURCES: Final = NUMBER + 16
 
-MOST_PLACES: Final = 10_000
+MOST_PLACES: Final = 4_000
 """Places after which compiling gives up; KVM's own sync policies need some hundred."""
 
 
@@ -374,7 +374,8 @@ class Flows:
         l0 = self.nvmx(self.config)
         first = {name: fields[0] for fields in classes for name in fields}
         found: set[str] = set()
-        for place, effects in zip(self.places, self._effects, strict=True):
+        # A step that is unlike may lead to a place that is not among these.
+        for place, effects in zip(tuple(self.places), self._effects, strict=True):
             known = {step: effect for step, effect in effects if step.arg in first}
             for name in first.keys() - first.values() - found:
                 for word in {step.word for step in known if step.arg == first[name]}:
@@ -464,4 +465,3 @@ def gated_by_a_write(l0: Nvmx) -> frozenset[str]:
         for token in row.condition
         if token.startswith("changed:")
     )
-

@@ -31,7 +31,8 @@ class SyncPolicy:
     Hooks get the L0 that they act on. They may call `Nvmx.copy_vmcs02_to_vmcs12_rare` and its like,
     read `Nvmx.control` (but for what decides only about cost: the explorer drops that), and keep
     something hashable in `Control.policy_memory` by `Nvmx.remember`; attributes of their own are
-    refused, since states are revisited.
+    refused, since states are revisited. What decides must not be a value of a field, nor the trace:
+    the explorer takes it that L0 only copies values.
     """
 
     meaning: ClassVar[str] = "all rare fields are read when L1 first needs one: the patch"

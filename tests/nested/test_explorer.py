@@ -9,11 +9,13 @@ import pytest
 
 from nvmx_lab import vmcs
 from nvmx_lab.errors import LabError
-from nvmx_lab.nested.config import Config, releases
+from nvmx_lab.nested.config import Config, features, releases
 from nvmx_lab.nested.explorer import ENVIRONMENTS, Exploration, Finding, explore
 from nvmx_lab.nested.policies import SYNC_POLICIES
 from nvmx_lab.nested.replay import Replay, replay
 from nvmx_lab.nested.steps import Step, parse, steps
+
+pytestmark = pytest.mark.xdist_group("explorer")  # what is explored is kept for all tests here
 
 MENDED = "6.1+flag-reset+smm-shadow-sync"
 RELEASES = tuple(release.name for release in releases())
@@ -64,6 +66,20 @@ def test_every_policy_is_right_on_a_release_with_all_mends(sync: str) -> None:
     assert exploration.transitions > exploration.states
     assert 0 < exploration.places < exploration.states
     assert exploration.classes >= 30
+
+
+@pytest.mark.parametrize("sync", sorted(SYNC_POLICIES))
+@pytest.mark.parametrize("kvm", OWN)
+def test_every_release_is_right_with_every_policy_once_it_has_all_mends(
+    kvm: str, sync: str
+) -> None:
+    has = Config.of(kvm).kvm.features
+    mends = [name for name, f in features().items() if "mends" in f and name not in has]
+    config = Config.of("+".join([kvm, *mends]), sync)
+    shown = ("GUEST_GS_BASE", "GUEST_PENDING_DBG_EXCEPTIONS", "GUEST_CR3")
+    exploration = explore(config, fields=shown, each_field=False)
+    assert exploration.complete
+    assert exploration.ok
 
 
 @pytest.mark.parametrize("environment", ["no shadow VMCS", "enlightened VMCS"])

@@ -17,6 +17,8 @@ from nvmx_lab.nested.policies import SYNC_POLICIES, SyncPolicy
 from nvmx_lab.study import correctness
 from nvmx_lab.study import correctness_narrative as narrative
 
+pytestmark = pytest.mark.xdist_group("correctness")  # what is checked is kept for all tests here
+
 MENDED = "6.1+flag-reset+smm-shadow-sync"
 ENLIGHTENED = ["enlightened VMCS"]  # the quickest machine
 SHADOW = ["shadow VMCS"]
