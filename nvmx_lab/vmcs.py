@@ -208,6 +208,17 @@ def saved_in_smram() -> tuple[str, ...]:
     )
 
 
+@functools.cache
+def carried_by_user_space() -> tuple[str, ...]:
+    """Return the guest fields whose register a migration carries besides the nested state.
+
+    KVM_SET_REGS, KVM_SET_SREGS, KVM_SET_MSRS and KVM_SET_VCPU_EVENTS set them in whoever runs.
+    """
+    others = ("GUEST_BNDCFGS", "GUEST_INTERRUPTIBILITY_INFO")
+    sysenter = tuple(name for name in catalogue() if name.startswith("GUEST_SYSENTER_"))
+    return (*saved_in_smram(), *sysenter, *others)
+
+
 def is_rare(name: str) -> bool:
     """Return KVM's ``is_vmcs12_ext_field``: whether a VMREAD of the field by L1 pulls."""
     return field(name).rare

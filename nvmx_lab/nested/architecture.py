@@ -35,6 +35,10 @@ To L1 these are fields like any control field.
 """
 
 
+UNKNOWN_AFTER_RSM = frozenset({"GUEST_BNDCFGS", "GUEST_INTERRUPTIBILITY_INFO"})
+"""State that neither SMRAM nor an entry without VMRESUME restores; who does is not modelled."""
+
+
 class Fail(NamedTuple):
     """VMfailValid with its number, or VMfailInvalid (None)."""
 
@@ -83,6 +87,8 @@ class Standing:
         Whether the current VMCS is launched.
     launched : frozenset of str
         Regions whose launch state, as memory has it, is "launched".
+    active : frozenset of str
+        Regions of VMCSs that were loaded and not cleared since.
     """
 
     vmxon: bool = False
@@ -92,6 +98,7 @@ class Standing:
     current: str | None = None
     page_launched: bool = False
     launched: frozenset[str] = frozenset()
+    active: frozenset[str] = frozenset()
 
 
 class Architecture:
@@ -103,6 +110,8 @@ class Architecture:
         As `role` returns.
     in_smram : bool
         Whether SMI and RSM save and load the register behind the field.
+    after_rsm : bool
+        Whether the register is known after RSM: all but `UNKNOWN_AFTER_RSM`.
     standing : Standing
         Where L1 stands.
     cells : dict
@@ -110,9 +119,15 @@ class Architecture:
     """
 
     def __init__(
-        self, role: str, *, in_smram: bool, standing: Standing, cells: Cells[object]
+        self,
+        role: str,
+        *,
+        in_smram: bool,
+        after_rsm: bool,
+        standing: Standing,
+        cells: Cells[object],
     ) -> None:
-        self.role, self.in_smram = role, in_smram
+        self.role, self.in_smram, self.after_rsm = role, in_smram, after_rsm
         self.standing, self.cells = standing, dict(cells)
 
     def _stand(self, **changes: object) -> None:
@@ -134,8 +149,15 @@ class Architecture:
         self._stand(vmxon=True)
 
     def vmxoff(self) -> None:
-        """VMXOFF forgets what of the current VMCS was never written back."""
+        """VMXOFF: every VMCS that was not cleared is undefined (SDM, "VMXOFF" and VMCS states)."""
+        self.forget_active()
         self._stand(vmxon=False, current=None, page_launched=False)
+
+    def forget_active(self) -> None:
+        """Leave the regions of active VMCSs undefined."""
+        for pointer in self.standing.active:
+            self.cells[pointer] = None
+        self._stand(active=frozenset())
 
     def _write_back(self) -> None:
         current = self.standing.current
@@ -151,13 +173,18 @@ class Architecture:
         if pointer != self.standing.current:
             self._write_back()
             self.cells["page"] = self.cells[pointer]
-            self._stand(current=pointer, page_launched=pointer in self.standing.launched)
+            self._stand(
+                current=pointer,
+                page_launched=pointer in self.standing.launched,
+                active=self.standing.active | {pointer},
+            )
 
     def vmclear(self, pointer: str) -> None:
         """VMCLEAR."""
         if pointer == self.standing.current:
             self._write_back()
-        self._stand(launched=self.standing.launched - {pointer})
+        standing = self.standing
+        self._stand(launched=standing.launched - {pointer}, active=standing.active - {pointer})
 
     def vmread(self) -> object:
         """VMREAD of the field."""
@@ -244,3 +271,5 @@ class Architecture:
         self.load()
         if self.in_smram:
             self.cells["l2"] = self.cells["smram"]
+        elif not self.after_rsm:
+            self.cells["l2"] = None

@@ -19,7 +19,7 @@ from typing import Final
 
 from nvmx_lab import vmcs
 from nvmx_lab.errors import unknown
-from nvmx_lab.nested.architecture import role
+from nvmx_lab.nested.architecture import UNKNOWN_AFTER_RSM, role
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.flows import EVMCS_GROUPS, Flows, gated_by_a_write
 from nvmx_lab.nested.model import Nvmx
@@ -175,12 +175,9 @@ def explore(
             ]
             faults |= {f.wrong for f in findings if f.wrong not in WRONG_VALUES}
     findings.sort(key=lambda finding: len(finding.steps))
-    shortest: dict[tuple[str, str], Finding] = {}
-    for finding in findings:  # the rare fields are explored more than once
-        shortest.setdefault((finding.wrong, finding.field), finding)
     return Exploration(
         config,
-        tuple(shortest.values()),
+        tuple(findings),
         states,
         transitions,
         deepest,
@@ -219,23 +216,22 @@ def _compiled(
     it is part of the state, and matters to no other field.
     """
     gated = gated_by_a_write(nvmx(config))
-    classes = field_classes(config, nvmx)
-    asked = [fields for fields in classes if not wanted.isdisjoint(fields)]
-    rare = next(fields for fields in classes if COMPANIONS[0] in fields)
+    asked = [fields for fields in field_classes(config, nvmx) if not wanted.isdisjoint(fields)]
     common = [fields for fields in asked if not gated.intersection(fields)]
     if common:
-        yield _compile_common(config, nvmx, common, without, each_field=each_field)
+        others = (*COMPANIONS, *sorted(gated), _absent())
+        yield _compile_common(config, nvmx, common, others, without, each_field=each_field)
     for fields in asked:
         if gated.intersection(fields):
-            flows = Flows(config, nvmx, [fields[0], *COMPANIONS, _absent()], without)
-            # The rare fields too: what L0 does at a write to this one matters to them.
-            yield flows, [fields, rare]
+            steps_about = (fields[0], *COMPANIONS, _absent())
+            yield Flows(config, nvmx, steps_about, without, gated=fields[:1]), [fields]
 
 
 def _compile_common(
     config: Config,
     nvmx: type[Nvmx],
     classes: list[tuple[str, ...]],
+    others: Collection[str],
     without: Collection[str],
     *,
     each_field: bool,
@@ -243,7 +239,7 @@ def _compile_common(
     """Compile with one field of each class, two of the rare ones; split classes that differ."""
     while True:
         chosen = [name for fields in classes for name in fields[: 1 + vmcs.is_rare(fields[0])]]
-        chosen += [name for name in (*COMPANIONS, _absent()) if name not in chosen]
+        chosen += [name for name in others if name not in chosen]
         flows = Flows(config, nvmx, chosen, without)
         split = [part for fields in classes for part in flows.alike(fields)]
         if each_field and len(split) == len(classes):
@@ -282,6 +278,8 @@ def field_classes(config: Config, nvmx: type[Nvmx] = Nvmx) -> list[tuple[str, ..
             role(name, config),
             vmcs.is_rare(name),
             name in vmcs.saved_in_smram(),
+            name in vmcs.carried_by_user_space(),
+            name in UNKNOWN_AFTER_RSM,
             name in ENTRY_FAILURE,
             in_evmcs(name),
             group if group in EVMCS_GROUPS else "",

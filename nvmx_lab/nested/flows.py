@@ -12,7 +12,14 @@ from typing import Final, NamedTuple
 
 from nvmx_lab import vmcs
 from nvmx_lab.errors import LabError
-from nvmx_lab.nested.architecture import CELLS, Architecture, Fail, Standing, role
+from nvmx_lab.nested.architecture import (
+    CELLS,
+    UNKNOWN_AFTER_RSM,
+    Architecture,
+    Fail,
+    Standing,
+    role,
+)
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.model import DYNAMIC, Control, Nvmx, Trace, Violation, VmFail
 from nvmx_lab.nested.steps import (
@@ -20,10 +27,12 @@ from nvmx_lab.nested.steps import (
     ENTRY_FAILURE,
     FIELD,
     POINTERS,
+    USUAL_REASONS,
     Step,
     Tracked,
     apply_to_architecture,
     apply_to_model,
+    exit_reasons,
     in_vmcs12,
     possible,
     said,
@@ -62,6 +71,7 @@ class _Mark(int):
         return self
 
     __rand__ = __and__
+
     __hash__ = object.__hash__
 
     def __eq__(self, other: object) -> bool:
@@ -94,9 +104,15 @@ class _Kind(NamedTuple):
     role: str
     in_smram: bool
     entry_failure: bool
+    after_rsm: bool
 
 
-_NO_KIND: Final = _Kind("written", in_smram=False, entry_failure=False)
+_NO_KIND: Final = _Kind("written", in_smram=False, entry_failure=False, after_rsm=True)
+
+
+def _asks_for_reasons(l0: Nvmx) -> bool:
+    """Return whether the policy may ask for the exit reason: those of this package do not."""
+    return not type(l0.policy).__module__.startswith("nvmx_lab.")
 
 
 class Flow(NamedTuple):
@@ -179,6 +195,9 @@ class Flows:
         Fields that steps read and write. Every field of vmcs12 is followed.
     without : collection of str
         Words of steps that do not happen.
+    gated : collection of str
+        Control fields of which it is followed whether L1 wrote them since the last entry: only for
+        these `Flows.flows` is then right if an entry writes them only if L1 did.
 
     Attributes
     ----------
@@ -197,11 +216,13 @@ class Flows:
         nvmx: type[Nvmx],
         fields: Sequence[str],
         without: Collection[str] = (),
+        gated: Collection[str] = (),
     ) -> None:
         self.config, self.nvmx = config, _free_of_charge(nvmx)
-        self.steps = [step for step in steps(*fields) if step.word not in without]
+        reasons = exit_reasons() if _asks_for_reasons(self.nvmx(config)) else USUAL_REASONS
+        self.steps = [s for s in steps(fields, reasons) if s.word not in without]
         self.followed = in_vmcs12()
-        self._gated = frozenset(fields) & gated_by_a_write(nvmx(config))
+        self._gated = frozenset(gated)
         self._marks = {
             cell: {name: _Mark(name, column) for name in self.followed}
             for column, cell in enumerate(L0_CELLS)
@@ -338,6 +359,8 @@ class Flows:
 
     @staticmethod
     def _source(value: object) -> int:
+        if value is None:
+            return UNDEFINED
         if isinstance(value, _Mark):
             return value.source
         number = int(value)  # type: ignore[call-overload]
@@ -354,8 +377,14 @@ class Flows:
         known = self._truths.setdefault((standing, kind, own), {})
         if step not in known:
             cells: dict[str, object] = {cell: self._true[f"true {cell}"] for cell in CELLS}
-            truth = Architecture(kind.role, in_smram=kind.in_smram, standing=standing, cells=cells)
-            tracked = Tracked(step.arg if own else "", *kind)
+            truth = Architecture(
+                kind.role,
+                in_smram=kind.in_smram,
+                after_rsm=kind.after_rsm,
+                standing=standing,
+                cells=cells,
+            )
+            tracked = Tracked(step.arg if own else "", kind.entry_failure)
             marks = {"A": _Mark("", FRESH_A), "B": _Mark("", FRESH_B)}
             seen = apply_to_architecture(step, truth, tracked, lambda _, owner: marks[owner])
             moves = bytes(self._source(truth.cells[cell]) for cell in CELLS)
@@ -364,7 +393,7 @@ class Flows:
 
     # -- flows of one field --------------------------------------------------------------------
 
-    def unlike(self, classes: Iterable[Sequence[str]]) -> set[str]:
+    def unlike(self, classes: Collection[Sequence[str]]) -> set[str]:
         """Return the fields that L0 does not treat as it treats the first of their class.
 
         Every step about a field is tried in every place, for every field. A field and the first of
@@ -382,6 +411,11 @@ class Flows:
                     effect = self._effect(l0, place, Step(word, name))
                     if not _swapped(effect, known[Step(word, first[name])], name, first[name]):
                         found.add(name)
+            for step, effect in known.items():  # what a step about one does to all the others
+                for fields in classes:
+                    if step.arg == fields[0] and fields[2:]:
+                        like = effect.moves(fields[1], own=False)
+                        found |= {n for n in fields[2:] if effect.moves(n, own=False) != like}
         return found
 
     def alike(self, fields: Sequence[str]) -> list[tuple[str, ...]]:
@@ -403,7 +437,12 @@ class Flows:
 
         Of steps that do the same the first is named.
         """
-        kind = _Kind(role(name, self.config), name in vmcs.saved_in_smram(), name in ENTRY_FAILURE)
+        kind = _Kind(
+            role(name, self.config),
+            name in vmcs.saved_in_smram(),
+            name in ENTRY_FAILURE,
+            name not in UNKNOWN_AFTER_RSM,
+        )
         table = []
         for place, effects in zip(self.places, self._effects, strict=True):
             flows: dict[Flow, Step] = {}

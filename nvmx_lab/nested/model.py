@@ -258,7 +258,23 @@ class Nvmx:
         self.control = self.control._replace(**changes)  # type: ignore[arg-type]
 
     def remember(self, memory: Hashable) -> None:
-        """Keep what the sync policy wants to know later; part of the control state."""
+        """Keep what the sync policy wants to know later; part of the control state.
+
+        Raises
+        ------
+        LabError
+            If it cannot be hashed.
+        """
+        try:
+            hash(memory)
+        except TypeError:
+            kind = type(memory).__name__
+            raise LabError(
+                "a sync policy remembers something that can change",
+                where=f"sync policy {self.config.sync!r}",
+                got=kind,
+                allowed="numbers, texts, tuples, frozensets",
+            ) from None
         self._set(policy_memory=memory)
 
     def has(self, feature: str) -> bool:
@@ -377,7 +393,13 @@ class Nvmx:
 
         Never with an enlightened VMCS: L1 reads that without an exit.
         """
-        return not self.config.evmcs and self.policy.at_exit(self, reason, foreseen=foreseen)
+        if self.config.evmcs:
+            return False
+        stay: object = self.policy.at_exit(self, reason, foreseen=foreseen)
+        if isinstance(stay, bool):
+            return stay
+        where = f"sync policy {self.config.sync!r}"
+        raise LabError("at_exit must return True or False", where=where, got=stay)
 
     def sync_vmcs02_to_vmcs12(self, reason: str = "", *, foreseen: bool = False) -> None:
         """Copy L2's state at a nested exit: eager fields always, rare ones by the sync policy."""

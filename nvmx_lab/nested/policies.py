@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from nvmx_lab import vmcs
-from nvmx_lab.errors import LabError
+from nvmx_lab.errors import LabError, unknown
 
 if TYPE_CHECKING:
     from nvmx_lab.nested.model import Nvmx
@@ -29,10 +29,10 @@ class SyncPolicy:
     """The patch's rule: leave the rare fields in vmcs02, pull all of them when L1 needs one.
 
     Hooks get the L0 that they act on. They may call `Nvmx.copy_vmcs02_to_vmcs12_rare` and its like,
-    read `Nvmx.control` (but for what decides only about cost: the explorer drops that), and keep
-    something hashable in `Control.policy_memory` by `Nvmx.remember`; attributes of their own are
-    refused, since states are revisited. What decides must not be a value of a field, nor the trace:
-    the explorer takes it that L0 only copies values.
+    read `Nvmx.control`, and keep something hashable in `Control.policy_memory` by `Nvmx.remember`.
+    Attributes of their own are refused: states are revisited. What decides must not be a value of a
+    field, the trace, or a part of the control state that is only about cost or about control fields
+    (`written`): the explorer takes those as constant.
     """
 
     meaning: ClassVar[str] = "all rare fields are read when L1 first needs one: the patch"
@@ -84,10 +84,15 @@ def register(name: str) -> Callable[[type[SyncPolicy]], type[SyncPolicy]]:
     Raises
     ------
     LabError
-        If the name is taken by another class.
+        If the name is taken by another class, or a public method is no hook.
     """
+    hooks = [hook for hook in vars(SyncPolicy) if hook.startswith(("at_", "before_"))]
 
     def decorate(policy: type[SyncPolicy]) -> type[SyncPolicy]:
+        for method in vars(policy):
+            public = callable(getattr(policy, method)) and not method.startswith("_")
+            if public and method not in hooks:
+                raise unknown("hook", method, hooks, where=f"sync policy {name!r}")
         known = SYNC_POLICIES.get(name)
         # A notebook's cell may run twice and define its class anew.
         if known is not None and known.__qualname__ != policy.__qualname__:

@@ -15,7 +15,14 @@ from typing import Final
 
 from nvmx_lab import vmcs
 from nvmx_lab.errors import LabError
-from nvmx_lab.nested.architecture import CELLS, Architecture, Fail, Standing, role
+from nvmx_lab.nested.architecture import (
+    CELLS,
+    UNKNOWN_AFTER_RSM,
+    Architecture,
+    Fail,
+    Standing,
+    role,
+)
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.flows import L0_CELLS
 from nvmx_lab.nested.model import Control, Nvmx, Trace, Violation, VmFail
@@ -166,18 +173,14 @@ def replay(config: Config, steps: Sequence[Step], field: str, nvmx: type[Nvmx] =
         If a step cannot happen where it stands, or there are too many that write the field.
     """
     field = vmcs.field(field).name
-    tracked = Tracked(
-        field,
-        role(field, config),
-        field in vmcs.saved_in_smram(),
-        field in ENTRY_FAILURE,
-    )
+    tracked = Tracked(field, field in ENTRY_FAILURE)
     l0 = nvmx(config)
     l0.vmcs01[field] = START["vmcs01"]
     l0.memory = {pointer: ({field: START[pointer]}, False) for pointer in POINTERS}
     truth = Architecture(
-        tracked.role,
-        in_smram=tracked.in_smram,
+        role(field, config),
+        in_smram=field in vmcs.saved_in_smram(),
+        after_rsm=field not in UNKNOWN_AFTER_RSM,
         standing=Standing(),
         cells={**dict.fromkeys(CELLS), "smram": 0},
     )
@@ -229,7 +232,7 @@ def _check(step: Step, number: int, standing: Standing, l0: Nvmx, tracked: Track
     if not possible(step, standing, l0):
         raise LabError("this step cannot happen here", where=where, got=str(step))
     of_l2 = step.word in ("L2_READ", "L2_WRITE")
-    if of_l2 and step.arg == tracked.name and tracked.role != "saved":
+    if of_l2 and step.arg == tracked.name and role(tracked.name, l0.config) != "saved":
         raise LabError("the field is no state of L2", where=where, got=str(step))
 
 

@@ -8,14 +8,14 @@ GUEST_GS_BASE``; a sequence of them is what a counterexample consists of.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from nvmx_lab import vmcs
+from nvmx_lab import data, vmcs
 from nvmx_lab.errors import unknown
-from nvmx_lab.nested.architecture import Architecture, Fail, Standing
+from nvmx_lab.nested.architecture import Architecture, Fail, Standing, role
 from nvmx_lab.nested.model import EXIT_INFO, VM_FAIL_FIELD, NestedState, Nvmx, VmFail
 
 POINTERS: Final = ("A", "B")
@@ -25,14 +25,9 @@ ENTRY_FAILURE: Final = ("VM_EXIT_REASON", "EXIT_QUALIFICATION")
 ENTRIES: Final = ("", "fails:controls", "fails:guest-state", "fails:msr-load", "halted")
 SHAPES: Final = ("off", "on", "L1", "L2")
 FORESEEN: Final = ("CPUID", "HLT")
-REASONS: Final = (
-    *("CPUID", "HLT", "IO_INSTRUCTION", "EPT_MISCONFIG", "EXTERNAL_INTERRUPT", "CR_ACCESS"),
-    *("DR_ACCESS", "EPT_VIOLATION", "EXCEPTION_NMI", "INTERRUPT_WINDOW", "INVEPT", "PAUSE"),
-    *("PREEMPTION_TIMER", "RDMSR", "VMCALL", "VMCLEAR", "VMPTRLD", "VMREAD", "VMRESUME"),
-    *("VMWRITE", "WBINVD", "WRMSR", "XSETBV"),
-)
-"""Exit reasons that a sync policy may ask for; to KVM's own they are all one."""
+USUAL_REASONS: Final = ("CPUID", "HLT", "IO_INSTRUCTION", "EPT_MISCONFIG", "EXTERNAL_INTERRUPT")
 FIELD: Final = "field"
+REASON: Final = "exit reason"
 
 ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -48,7 +43,7 @@ ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "VMRESUME": ENTRIES,
         "L2_READ": (FIELD,),
         "L2_WRITE": (FIELD,),
-        "EXIT": (*REASONS, *(f"{reason}+pull" for reason in FORESEEN), "CPUID+signal"),
+        "EXIT": (REASON, *(f"{reason}+pull" for reason in FORESEEN), "CPUID+signal"),
         "RUN": (),
         "L0_EXIT": ("EPT_VIOLATION",),
         "L1_EXIT": ("RDMSR",),
@@ -59,7 +54,7 @@ ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "MIGRATE": (),
     }
 )
-"""Word -> what its argument may be; `FIELD` stands for the name of a VMCS field.
+"""Word -> what its argument may be; `FIELD` and `REASON` stand for any VMCS field or exit reason.
 
 ``EXIT HLT+pull`` tells a policy that knows the future that L1 will need a rare field. After
 ``EXIT CPUID+signal`` L0 is in its user space before it enters L1, which ``RUN`` does.
@@ -92,7 +87,7 @@ def parse(text: str) -> Step:
     arg = arg.strip()
     if word not in ARGUMENTS:
         raise unknown("step", word, ARGUMENTS, where=where)
-    allowed = ARGUMENTS[word]
+    allowed = _arguments(word, exit_reasons())
     if allowed == (FIELD,):
         return Step(word, vmcs.field(arg).name)
     if arg not in (allowed or ("",)):
@@ -100,13 +95,25 @@ def parse(text: str) -> Step:
     return Step(word, arg)
 
 
-def steps(*fields: str) -> tuple[Step, ...]:
-    """Return every step there is, those with a field for each of `fields`."""
+def steps(fields: Collection[str], reasons: Sequence[str]) -> tuple[Step, ...]:
+    """Return every step there is: those with a field or an exit reason for each of these."""
     return tuple(
         Step(word, arg)
         for word, arguments in ARGUMENTS.items()
-        for arg in (fields if arguments == (FIELD,) else arguments or ("",))
+        for arg in (fields if arguments == (FIELD,) else _arguments(word, reasons) or ("",))
     )
+
+
+@functools.cache
+def exit_reasons() -> tuple[str, ...]:
+    """Return every basic exit reason, those that one knows first."""
+    rows = data.read_rows(data.path("exit_reasons.csv"))
+    return tuple(dict.fromkeys((*USUAL_REASONS, *(row["name"] for row in rows))))
+
+
+def _arguments(word: str, reasons: Sequence[str]) -> tuple[str, ...]:
+    """Return the arguments of a word, exit reasons named."""
+    return tuple(each for arg in ARGUMENTS[word] for each in (reasons if arg == REASON else (arg,)))
 
 
 def possible(step: Step, standing: Standing, l0: Nvmx) -> bool:
@@ -115,7 +122,7 @@ def possible(step: Step, standing: Standing, l0: Nvmx) -> bool:
     config, halted = l0.config, l0.control.halted
     match word:
         case "GET_NESTED_STATE" | "MIGRATE":
-            return True
+            return not halted  # where the registers of an L2 are that never ran is not modelled
         case "SET_NESTED_STATE":  # into a vCPU in use: into a new one is MIGRATE
             return standing.vmxon
         case "RSM":
@@ -230,6 +237,10 @@ def apply_to_model(step: Step, l0: Nvmx, fresh: Fresh) -> tuple[Nvmx, object]:
             source, l0 = l0, type(l0)(l0.config)
             l0.vmcs01 = source.vmcs01  # by other system calls
             l0.set_nested_state(state)
+            if source.control.guest_mode:
+                for name in vmcs.carried_by_user_space():
+                    if role(name, l0.config) == "saved":
+                        l0.l2_write(name, source.vmcs02.get(name, 0))
     return l0, seen
 
 
@@ -257,17 +268,11 @@ class Tracked:
     ----------
     name : str
         The field.
-    role : str
-        As `nvmx_lab.nested.architecture.role` returns.
-    in_smram : bool
-        Whether SMI and RSM save and load its register.
     entry_failure : bool
         Whether the exit of a failed entry writes it.
     """
 
     name: str
-    role: str
-    in_smram: bool
     entry_failure: bool
 
 
@@ -319,11 +324,13 @@ def apply_to_architecture(
         case "RSM":
             truth.rsm()
         case "SET_NESTED_STATE":
+            truth.forget_active()
             truth.standing = Standing(
                 vmxon=arg != "off",
                 current="A" if arg in ("L1", "L2") else None,
                 page_launched=arg in ("L1", "L2"),
                 launched=truth.standing.launched,
+                active=frozenset({"A"}) if arg in ("L1", "L2") else frozenset(),
             )
             if truth.standing.current:
                 truth.cells["page"] = fresh(name, "A")

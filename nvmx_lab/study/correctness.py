@@ -48,6 +48,7 @@ USUAL_MACHINES: Final = ("shadow VMCS", "enlightened VMCS")
 
 THE_MUTANTS: Final = "the mutant's own"
 THE_MUTANT: Final = "the mutant"
+THE_POLICY: Final = "the policy: lazy does not fail in these steps"
 UNEXPLAINED: Final = "no known mend"
 
 
@@ -177,8 +178,9 @@ class Verdict:
         rate = self.total("transitions") / max(self.total("seconds"), 1e-9) * 60
         own = [judged for judged in self.findings if not judged.eager_too]
         shared = [judged for judged in self.findings if judged.eager_too]
+        holds = "holds" if self.complete else "no failure found"
         lines = [
-            f"{self.title}: {'holds' if self.ok else 'FAILS'}",
+            f"{self.title}: {holds if self.ok else 'FAILS'}",
             f"  {reach}: {self.total('states'):,.0f} states, {self.total('transitions'):,.0f} "
             f"transitions on {_machines(len(self.explorations))} in {self.total('seconds'):.1f} s "
             f"({rate / 1e6:.1f} million a minute)",
@@ -199,7 +201,10 @@ def _listed(findings: Iterable[Judged]) -> list[str]:
     for judged in findings:
         finding = judged.finding
         others = f" and {len(judged.fields) - 1} more" if len(judged.fields) > 1 else ""
-        mend = f" (mend: {judged.cause})" if judged.meaning else f" ({judged.cause})"
+        mend = f" ({judged.cause})"
+        if judged.meaning:
+            evidence = configs.features()[judged.cause]["evidence"]
+            mend = f" (mend: {judged.cause}; {evidence})"
         lines += [
             f"  - {judged.who} sees a wrong value of {finding.field}{others}: {finding.wrong}"
             f"{mend}",
@@ -233,6 +238,14 @@ class Correctness:
     def to_json(self) -> str:
         """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def shortest(self) -> Told | None:
+        """Return the shortest counterexample, told; those that eager copying shares last."""
+        return shortest(self)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write each counterexample to a file of its own; return the files."""
+        return save(self, folder)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per L0: kvm, sync, mutant, verdict, states, transitions, seconds."""
@@ -313,6 +326,8 @@ def check(
     """
     chosen = catalogue.mutant(mutant) if mutant else None
     releases = [kvm] if isinstance(kvm, str) else list(kvm or ())
+    environments = [environments] if isinstance(environments, str) else environments
+    without = (without,) if isinstance(without, str) else without
     if not releases:
         releases = [chosen.kvm] if chosen else [release.name for release in configs.releases()]
     names = list(environments or ())
@@ -328,15 +343,23 @@ def check(
     if not machines:
         machines = {THE_MUTANTS: chosen.options} if chosen else dict(ENVIRONMENTS)
     nvmx = chosen.nvmx if chosen else Nvmx
+    if chosen and (sync or any(configs.release(name).sync != "lazy" for name in releases)):
+        raise LabError(
+            "a mutant is a variant of the lazy sync",
+            where=f"mutant {mutant!r}",
+            got=sync or ", ".join(releases),
+            mend="leave the sync policy out, and name releases with patch13",
+        )
     grid = {
         release: {name: Config.of(release, sync, **options) for name, options in machines.items()}
         for release in releases
     }
     verdicts = []
-    with tqdm(total=len(releases) * len(machines), unit="L0", disable=None, delay=1) as bar:
+    with tqdm(total=len(releases) * len(machines), unit="L0", disable=None) as bar:
         for release, by_name in grid.items():
             explorations = {}
             for name, config in by_name.items():
+                bar.set_description(f"{release}, {name}")
                 explorations[name] = explore(config, nvmx, depth=depth, without=without)
                 bar.update()
             policy = next(iter(by_name.values())).sync
@@ -347,21 +370,25 @@ def check(
 
 def _judged(explorations: dict[str, Exploration], nvmx: type[Nvmx]) -> tuple[Judged, ...]:
     """Judge every finding, and make one of those with the same cause and effect."""
-    found: dict[tuple[str, bool, str], list[tuple[str, Finding]]] = defaultdict(list)
+    judged: list[Judged] = []
     for environment, exploration in explorations.items():
-        for finding in exploration.findings:
-            key = (cause_of(finding, nvmx), fails_when_eager(finding), finding.wrong)
-            found[key].append((environment, finding))
-    judged = [
-        Judged(
-            min((finding for _, finding in alike), key=lambda finding: len(finding.steps)),
-            tuple(dict.fromkeys(name for _, finding in alike for name in finding.fields)),
-            tuple(dict.fromkeys(environment for environment, _ in alike)),
-            cause,
-            eager_too,
+        found: dict[tuple[str, bool, str], list[Finding]] = defaultdict(list)
+        for finding in exploration.findings:  # shortest first
+            found[cause_of(finding, nvmx), fails_when_eager(finding), finding.wrong].append(finding)
+        for (cause, eager_too, _), alike in found.items():
+            fields = tuple(dict.fromkeys(name for finding in alike for name in finding.fields))
+            judged.append(Judged(alike[0], fields, (environment,), cause, eager_too))
+    merged: dict[tuple[object, ...], Judged] = {}
+    for one in judged:
+        # The same sequence on another machine.
+        key = (one.cause, one.eager_too, one.finding.wrong, one.finding.field, one.finding.steps)
+        known = merged.get(key, replace(one, environments=()))
+        merged[key] = replace(
+            known,
+            fields=tuple(dict.fromkeys((*known.fields, *one.fields))),
+            environments=(*known.environments, *one.environments),
         )
-        for (cause, eager_too, _), alike in found.items()
-    ]
+    judged = list(merged.values())
     return tuple(sorted(judged, key=lambda one: (one.eager_too, len(one.finding.steps))))
 
 
@@ -369,7 +396,19 @@ def cause_of(finding: Finding, nvmx: type[Nvmx] = Nvmx) -> str:
     """Return what mends a finding: a feature with which the same sequence does no harm.
 
     It is replayed on the whole model for each feature that mends something.
+
+    Raises
+    ------
+    LabError
+        If it does not fail there: L0 decides by something that the explorer does not follow.
     """
+    if not _fails(finding, finding.config, nvmx):
+        raise LabError(
+            "what the explorer found does not happen with concrete values",
+            where=f"sync policy {finding.config.sync!r}",
+            got="; ".join(map(str, finding.steps)),
+            mend="L0 may decide by its control state, by no value and no cell",
+        )
     if nvmx is not Nvmx and not _fails(finding, finding.config):
         return THE_MUTANT
     for name, feature in configs.features().items():
@@ -377,6 +416,8 @@ def cause_of(finding: Finding, nvmx: type[Nvmx] = Nvmx) -> str:
             mended = configs.release(f"{finding.config.kvm.name}+{name}")
             if not _fails(finding, replace(finding.config, kvm=mended), nvmx):
                 return name
+    if finding.config.sync != "lazy" and not _fails(finding, finding.config.with_sync("lazy")):
+        return THE_POLICY
     return UNEXPLAINED
 
 
@@ -543,6 +584,9 @@ def _of_the_mutant(exploration: Exploration) -> list[Finding]:
 def mutants(names: Collection[str] | None = None) -> pd.DataFrame:
     """Explore mutants and say of each whether it is caught.
 
+    The fields of `ONE_OF_EACH` are searched first, and all only if they show nothing: a
+    counterexample is the shortest among the fields searched.
+
     Parameters
     ----------
     names : collection of str, optional
@@ -607,7 +651,7 @@ HABITS: Final[dict[str, tuple[str, ...]]] = {
     "VMCLEAR of the current VMCS, VMPTRLD, VMLAUNCH": ("VMCLEAR current", "VMPTRLD same"),
     "KVM_GET_NESTED_STATE while L1 runs (L0's user space)": ("GET_NESTED_STATE",),
 }
-"""What an L1 may do between an exit and the entry that resumes L2, cheapest first."""
+"""What an L1 may do between an exit and the entry that resumes L2."""
 
 
 def habits(

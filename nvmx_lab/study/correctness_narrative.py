@@ -120,7 +120,7 @@ def habits(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `nvmx_lab.study.correctness.habits`, worded: medians with intervals."""
     shown = frame.set_index("habit")[["pulls", "vmreads", "vmwrites"]].copy()
     shown.columns = ["pulls", "VMREADs of L0", "VMWRITEs of L0"]
-    for name, title in (("cycles", "cycles of L0"), ("lazy", "more than with eager copying")):
+    for name, title in (("cycles", "cycles added"), ("lazy", "more than with eager copying")):
         shown[title] = [
             f"{_number(row[f'{name}_p50'])} ({_number(row[f'{name}_p05'])} to "
             f"{_number(row[f'{name}_p95'])})".replace(" ", _SPACE)

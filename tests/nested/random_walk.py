@@ -57,6 +57,15 @@ FOCUS = 2  # rare fields, fields that L2 can change, fields of any kind: so many
 FORGET_TRACE = 64
 
 
+UNKNOWN_AFTER_RSM = {"GUEST_BNDCFGS", "GUEST_INTERRUPTIBILITY_INFO"}
+CARRIED = {
+    *IN_SMRAM,
+    *UNKNOWN_AFTER_RSM,
+    *("GUEST_SYSENTER_CS", "GUEST_SYSENTER_ESP", "GUEST_SYSENTER_EIP"),
+}
+"""State of L2 that other system calls carry when a vCPU migrates."""
+
+
 class Walked(Nvmx):
     """The model without its accounts: they play no part here, and take time."""
 
@@ -78,13 +87,26 @@ class Truth(naive.Architecture):
         unknown = dict.fromkeys(naive.IN_VMCS12)
         self.memory = {pointer: naive.Page(dict(unknown)) for pointer in "AB"}
         self.in_smm = self.halted = False
+        self.active: set[str] = set()  # VMCSs that were loaded and not cleared since
         self.smram: dict[str, int | None] = {}
 
     def vmptrld(self, pointer: str) -> None:  # as in naive, but cheaper than a deep copy
         if pointer != self.pointer:
             self._write_back()
+            self.active.add(pointer)
             page = self.memory[pointer]
             self.pointer, self.page = pointer, naive.Page(dict(page.fields), page.launched)
+
+    def vmclear(self, pointer: str) -> None:
+        super().vmclear(pointer)
+        self.active.discard(pointer)
+
+    def vmxoff(self) -> None:
+        for pointer in self.active:  # software should have cleared them: now they are undefined
+            unknown: dict[str, int | None] = dict.fromkeys(naive.IN_VMCS12)
+            self.memory[pointer] = naive.Page(unknown, self.memory[pointer].launched)
+        self.active = set()
+        super().vmxoff()
 
     def enter(self, *, launch: bool, how: str, failure: dict[str, int]) -> naive.Fail | None:
         """VMLAUNCH or VMRESUME; `how` is empty, "halted", or the check that fails."""
@@ -126,14 +148,18 @@ class Truth(naive.Architecture):
         self.in_smm = False
         self._enter()
         self.l2.update(self.smram)
+        # Neither SMRAM nor this entry restores these; who does is not modelled.
+        self.l2.update(dict.fromkeys(UNKNOWN_AFTER_RSM & self.l2.keys()))
 
     def restore(self, shape: str, fields: dict[str, int]) -> None:
         """KVM_SET_NESTED_STATE of a state that was not there before."""
+        self.vmxoff()
         self.on = shape != "off"
         self.in_l2 = self.in_smm = self.halted = False
         self.pointer = None
         if shape in ("L1", "L2"):
             self.pointer, self.page = "A", naive.Page(dict(fields), launched=True)
+            self.active.add("A")
         if shape == "L2":
             self._enter()
 
@@ -349,8 +375,11 @@ class Walk:
                 model.get_nested_state()
             case "MIGRATE":
                 state = model.get_nested_state()
-                self.model = self._vcpu()
+                source, self.model = model, self._vcpu()
                 self.model.set_nested_state(state)
+                if truth.in_l2 and not truth.halted:
+                    for name in CARRIED & truth.l2.keys():
+                        self.model.l2_write(name, source.l2_read(name))
                 truth.halted = False  # that L2 waits is not part of the state
             case "SET_NESTED_STATE":
                 self._restore(arg)

@@ -8,7 +8,14 @@ from collections import Counter
 import pytest
 
 from nvmx_lab import vmcs
-from nvmx_lab.nested.architecture import CELLS, Architecture, Fail, Standing, role
+from nvmx_lab.nested.architecture import (
+    CELLS,
+    UNKNOWN_AFTER_RSM,
+    Architecture,
+    Fail,
+    Standing,
+    role,
+)
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.explorer import ENVIRONMENTS
 from nvmx_lab.nested.steps import ENTRY_FAILURE, Step, Tracked, apply_to_architecture
@@ -64,22 +71,19 @@ class Both:
             name: Architecture(
                 role(name, config),
                 in_smram=name in random_walk.IN_SMRAM,
+                after_rsm=name not in UNKNOWN_AFTER_RSM,
                 standing=Standing(),
                 cells=dict.fromkeys(CELLS, 0),
             )
             for name in naive.IN_VMCS12
         }
         self.tracked = {
-            name: Tracked(
-                name,
-                role(name, config),
-                name in random_walk.IN_SMRAM,
-                name in ENTRY_FAILURE,
-            )
+            name: Tracked(name, name in ENTRY_FAILURE)
             for name in naive.IN_VMCS12
         }
         self.values = 0
         self.seen: Counter[str] = Counter()
+        self.compared = 0
 
     def value(self, name: str) -> int:
         self.values += 1
@@ -149,8 +153,9 @@ class Both:
                 step, single, self.tracked[name], lambda field, _: values.get(field, 1)
             )
             failed = isinstance(want, naive.Fail) or isinstance(got, Fail)
-            if failed or (name == step.arg and want is not None):
+            if failed or (name == step.arg and None not in (want, got)):
                 assert got == want, (step, name)
+                self.compared += 1
 
     def compare(self) -> None:
         """Compare where each value is, not only what was shown."""
@@ -167,7 +172,10 @@ class Both:
             if twin.in_l2 and name in twin.l2:
                 cells["l2"] = twin.l2[name]
             for cell, want in cells.items():
-                assert want is None or single.cells[cell] == want, (name, cell)
+                # The twin forgets at VMXOFF; here what was not cleared is undefined.
+                known = want is not None and single.cells[cell] is not None
+                assert not known or single.cells[cell] == want, (name, cell)
+                self.compared += known
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
@@ -186,3 +194,4 @@ def test_the_architecture_agrees_with_the_twin_on_any_sequence_of_steps_that_bot
         else {"VMREAD", "VMWRITE", "VMCLEAR", "VMXOFF"}
     )
     assert met <= both.seen.keys()
+    assert both.compared > 50 * STEPS // len(ENVIRONMENTS) // 8

@@ -90,7 +90,7 @@ def test_mutants_are_caught_or_harmless_as_they_say():
     assert len(narrative.mutants(table.reset_index())) == 2
 
 
-def test_a_wrong_policy_of_a_user_is_found_and_named_unexplained():
+def test_a_wrong_policy_of_a_user_is_found_and_named_the_cause():
     class Never(SyncPolicy):
         meaning = "never pulls for VMREAD"
 
@@ -103,7 +103,7 @@ def test_a_wrong_policy_of_a_user_is_found_and_named_unexplained():
     finally:
         del SYNC_POLICIES["never"]
     assert not result.ok
-    assert {judged.cause for judged in result.verdicts[0].findings} == {correctness.UNEXPLAINED}
+    assert {judged.cause for judged in result.verdicts[0].findings} == {correctness.THE_POLICY}
 
 
 def test_results_show_themselves():
