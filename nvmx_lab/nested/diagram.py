@@ -101,7 +101,8 @@ def diagram(replay: Replay) -> str:
         last = row["step"]
     lines.append(
         "After each step: stale, not the true value; empty, nothing written since it was cleared;\n"
-        "-, nobody asks. flag: need_sync_vmcs02_to_vmcs12_rare; dirty: dirty_vmcs12."
+        "-, not looked at before it is overwritten (a cell), or clear (flag, dirty).\n"
+        "flag: need_sync_vmcs02_to_vmcs12_rare; dirty: dirty_vmcs12."
     )
     return "\n".join(line.rstrip() for line in lines)
 

@@ -53,7 +53,7 @@ def story(replay: Replay) -> str:
     for number, moment in enumerate(replay.moments, 1):
         paragraphs.append(f"{number}. {_Telling(replay, before, moment).text()}")
         before = moment
-    paragraphs += [_verdict(replay), *_cause(replay)]
+    paragraphs += [_verdict(replay), *_cause(replay), "Replayed on the model, not on a kernel."]
     return "\n".join(
         line
         for paragraph in paragraphs

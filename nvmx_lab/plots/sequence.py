@@ -218,7 +218,7 @@ def _legend(axes: Axes, bottom: float, *, memory: bool) -> None:
         axes.text(x + 0.15, at, meaning, va="center", fontsize=_SMALL)
         x += 0.45 + 0.066 * len(meaning)
     axes.plot([x - 0.03, x + 0.03], [at, at], color=GREY, linewidth=0.8)
-    axes.text(x + 0.15, at, "nobody asks", va="center", fontsize=_SMALL)
+    axes.text(x + 0.15, at, "not looked at before it is overwritten", va="center", fontsize=_SMALL)
     axes.text(
         *(_TEXT - _BOX / 2, at + 0.24),
         "States after each step. flag: need_sync_vmcs02_to_vmcs12_rare; dirty: dirty_vmcs12."

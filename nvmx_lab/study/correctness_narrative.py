@@ -117,7 +117,7 @@ def mutants(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def habits(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of `nvmx_lab.study.correctness.habits`, worded: medians with intervals."""
+    """Return the table of `nvmx_lab.study.habits.habits`, worded: medians with intervals."""
     shown = frame.set_index("habit")[["pulls", "vmreads", "vmwrites"]].copy()
     shown.columns = ["pulls", "VMREADs of L0", "VMWRITEs of L0"]
     for name, title in (("cycles", "cycles added"), ("lazy", "more than with eager copying")):
@@ -156,8 +156,8 @@ def answer(
         wrong = caught[caught["verdict"] == "caught"]
         said.append(
             f"The search is not blind: of {len(caught)} variants made wrong on purpose it catches "
-            f"{len(wrong)}, in {wrong['length'].min()} to {wrong['length'].max()} steps, and shows "
-            f"the other {len(caught) - len(wrong)} to be harmless."
+            f"{len(wrong)}, in {wrong['length'].max()} steps at most. {len(caught) - len(wrong)} "
+            "cannot be told from the model, each for a reason."
         )
     pulling = priced[priced["pulls"] > 0]
     low, high = (_number(end(pulling["lazy_p50"])) for end in (min, max))

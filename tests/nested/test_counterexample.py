@@ -378,7 +378,8 @@ KVM 5.3 (lazy): L1 sees a stale GUEST_GS_BASE on the migration target.
 Wrong on the migration target: L1 sees what A held before step 1; it should see L2's value of
    step 4. The value is stale.
 Where the true value was lost: step 6 (MIGRATE). After it, no place that L0 may take the field
-   from has it."""
+   from has it.
+Replayed on the model, not on a kernel."""
 
 
 def test_the_flag_that_outlives_vmcs02_is_told():

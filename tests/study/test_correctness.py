@@ -16,6 +16,7 @@ from nvmx_lab.nested.counterexample import load
 from nvmx_lab.nested.policies import SYNC_POLICIES, SyncPolicy
 from nvmx_lab.study import correctness
 from nvmx_lab.study import correctness_narrative as narrative
+from nvmx_lab.study.habits import habits
 
 pytestmark = pytest.mark.xdist_group("correctness")  # what is checked is kept for all tests here
 
@@ -125,7 +126,7 @@ def test_results_show_themselves():
 
 def test_the_answer_says_what_was_found():
     past = correctness.history(checked("5.3"))
-    priced = correctness.habits(draws=200)
+    priced = habits(draws=200)
     said = narrative.answer(checked("5.3"), past, pd.DataFrame(), priced)
     assert "It fails in 2 ways in which eager copying does not" in said
     said = narrative.answer(checked(MENDED), past, pd.DataFrame(), priced)
@@ -134,7 +135,7 @@ def test_the_answer_says_what_was_found():
 
 class TestHabits:
     def test_what_pulls_costs_more_than_eager_copying_and_the_rest_saves(self):
-        frame = correctness.habits(draws=2_000).set_index("habit")
+        frame = habits(draws=2_000).set_index("habit")
         assert set(frame["pulls"]) == {0, 1}
         pulling = frame["pulls"] == 1
         assert (frame.loc[pulling, "lazy_p05"] > 0).all()
@@ -143,13 +144,13 @@ class TestHabits:
         assert (frame["cycles_p50"] > 0).all()
 
     def test_one_pull_serves_all_reads(self):
-        frame = correctness.habits(draws=200).set_index("habit")
+        frame = habits(draws=200).set_index("habit")
         assert frame.loc["VMREAD of three rare fields", "pulls"] == 1
         one, three = (frame.loc[name, "lazy_p50"] for name in frame.index[[3, 4]])
         assert one == pytest.approx(three)
 
     def test_before_5_11_a_state_is_saved_without_a_pull(self):
-        old, new = (correctness.habits(kvm, draws=200).iloc[-1]["pulls"] for kvm in ("5.3", "6.1"))
+        old, new = (habits(kvm, draws=200).iloc[-1]["pulls"] for kvm in ("5.3", "6.1"))
         assert (old, new) == (0, 1)
 
 
