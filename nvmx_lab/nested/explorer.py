@@ -136,7 +136,8 @@ def explore(
     without : collection of str, optional
         Words of steps that do not happen (``SET_NESTED_STATE``).
     fields : collection of str, optional
-        Explore only the classes that contain one of these fields of vmcs12; by default all. Steps
+        Explore only the classes that contain one of these fields of vmcs12, and what is split from
+        them because L0 treats it otherwise; by default all. Steps
         about fields of other classes do not happen then, but for one of each kind of access: to a
         rare field, a shadowed one, one that traps, and one that vmcs12 lacks.
     each_field : bool, optional
@@ -161,8 +162,6 @@ def explore(
     for flows, classes in _compiled(config, nvmx, without, wanted, each_field=each_field):
         places = max(places, len(flows.places))
         for alike in classes:
-            if wanted.isdisjoint(alike):
-                continue
             search = Search(flows.flows(alike[0]), depth)
             states, transitions = states + search.states, transitions + search.transitions
             deepest, complete = max(deepest, search.depth), complete and search.complete

@@ -221,7 +221,7 @@ class Counts(SyncPolicy):
 def test_a_policy_whose_memory_has_no_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "MOST_PLACES", 1000)  # the same error, sooner
     with registered(Counts) as name, pytest.raises(LabError, match="control states") as error:
-        explore(Config.of(BASE, name))
+        explore(Config.of(BASE, name), fields=SHOWS)
     assert f"'{name}'" in str(error.value)
     assert "Control.policy_memory" in str(error.value)
 
@@ -318,7 +318,8 @@ def test_a_policy_that_is_wrong_for_one_field_or_reason_is_caught(
     policy: type[SyncPolicy],
 ) -> None:
     with registered(policy) as name:
-        assert explore(Config.of(BASE, name), without=USER_SPACE).findings
+        fields = (*SHOWS, "HOST_RSP")
+        assert explore(Config.of(BASE, name), without=USER_SPACE, fields=fields).findings
 
 
 def test_a_policy_that_keeps_its_memory_to_itself_is_refused() -> None:
