@@ -304,6 +304,7 @@ def tables_check(data: Path | None) -> None:
 @click.option("--cpu", help="Price list.")
 @click.option("--exits", type=int, help="Nested exits per mix.")
 @click.option("--seed", type=int, help="Seed.")
+@click.option("--all", "everything", is_flag=True, help="The notebooks beyond the main job too.")
 def reproduce(
     mixes: tuple[str, ...],
     jobs: int | None,
@@ -312,6 +313,7 @@ def reproduce(
     cpu: str | None,
     exits: int | None,
     seed: int | None,
+    everything: bool,
 ) -> None:
     """Run every report and write a site to read in a browser.
 
@@ -330,7 +332,7 @@ def reproduce(
         given |= {"kvm_before": kvm[0], "kvm_after": kvm[1]}
     names = [name.strip() for text in mixes for name in text.split(",")] or None
     chosen = {key: value for key, value in given.items() if value is not None}
-    result = run(names, jobs=jobs, out=Path(out), **chosen)
+    result = run(names, jobs=jobs, out=Path(out), everything=everything, **chosen)
     for failure in result.failures:
         click.echo(f"failed: {failure}", err=True)
     made = result.reports - result.reused

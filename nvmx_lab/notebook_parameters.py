@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -133,7 +133,136 @@ class WhereTheCyclesGo(_Comparison):
     mix: MixName
 
 
-class IsItCorrect(_Parameters):
+class _Priced(_Parameters):
+    """What the notebooks share that price something: the price list and the seed."""
+
+    cpu: Cpu = "skylake-2015"
+    seed: Seed = 1
+
+
+class HowSure(_Parameters):
+    """Parameters of ``04_how_sure``: calibration, held-out claims, sensitivity.
+
+    Attributes
+    ----------
+    seed : int
+        Seed of the sampler and of every other draw.
+    steps : int
+        Steps of the sampler, 500 to 100,000.
+    """
+
+    notebook: ClassVar[str] = "04_how_sure"
+
+    seed: Seed = 1
+    steps: Annotated[
+        int, Field(ge=500, le=100_000, description="a whole number of steps from 500 to 100000")
+    ] = 4_000
+
+
+class TheSeries(_Priced):
+    """Parameters of ``05_the_series``: the patch among the 43 of its series.
+
+    Attributes
+    ----------
+    mix : str
+        The published loop to take apart.
+    exits : int
+        Nested exits to run, 1 to 10**9.
+    cpu, seed
+        As in `ReproduceTheSaving`.
+    """
+
+    notebook: ClassVar[str] = "05_the_series"
+
+    mix: MixName = "cpuid"
+    exits: Exits = 20_000
+
+
+class BreakEven(_Priced):
+    """Parameters of ``06_break_even``: how many pulls the saving bears.
+
+    Attributes
+    ----------
+    kvm : str
+        L0's KVM, with the lazy sync.
+    exits : int
+        Nested exits to run, 1 to 10**9.
+    cpu, seed
+        As in `ReproduceTheSaving`.
+    """
+
+    notebook: ClassVar[str] = "06_break_even"
+
+    kvm: Kvm = "5.3"
+    exits: Exits = 20_000
+
+
+class KernelStackRandomization(_Priced):
+    """Parameters of ``07_kernel_stack_randomization``: one default of L1's that undoes the saving.
+
+    Attributes
+    ----------
+    kvm : str
+        L0's KVM, with the lazy sync.
+    exits : int
+        Nested exits to run, 1 to 10**9.
+    cpu, seed
+        As in `ReproduceTheSaving`.
+    """
+
+    notebook: ClassVar[str] = "07_kernel_stack_randomization"
+
+    kvm: Kvm = "6.1"
+    exits: Exits = 20_000
+
+
+class BetterPolicies(_Priced):
+    """Parameters of ``08_better_policies``: sync policies that nobody has tried.
+
+    Attributes
+    ----------
+    kvm : str
+        L0's KVM.
+    exits : int
+        Nested exits to run, 1 to 10**9.
+    cpu, seed
+        As in `ReproduceTheSaving`.
+    """
+
+    notebook: ClassVar[str] = "08_better_policies"
+
+    kvm: Kvm = "6.1"
+    exits: Exits = 20_000
+
+
+class CouldYouMeasureIt(_Parameters):
+    """Parameters of ``09_could_you_measure_it``: how many runs would show the saving.
+
+    Attributes
+    ----------
+    loop_cycles, saving_cycles : float
+        The loop that is timed, and the difference to be seen in it.
+    power : float
+        Probability of seeing it, above 0.5 and below 1.
+    seed : int
+        Seed of the simulated measurements.
+    """
+
+    notebook: ClassVar[str] = "09_could_you_measure_it"
+
+    loop_cycles: Annotated[
+        float, Field(gt=0, le=1e9, description="a number of cycles above 0")
+    ] = 14_000.0
+    saving_cycles: Annotated[
+        float, Field(gt=0, le=1e9, description="a number of cycles above 0")
+    ] = 200.0
+    power: Annotated[
+        float, Field(gt=0.5, lt=1, description="a probability above 0.5 and below 1")
+    ] = 0.9
+    seed: Seed = 1
+
+
+class IsItCorrect(_Priced):
     """Parameters of ``10_is_it_correct``: the search for values that nobody should see.
 
     Attributes
@@ -159,11 +288,25 @@ class IsItCorrect(_Parameters):
     mutant: MaybeName = ""
     releases: list[Kvm] = Field(default_factory=list, description="a list of KVM releases")
     mutants: list[MaybeName] = Field(default_factory=list, description="a list of mutants' names")
-    cpu: Cpu = "skylake-2015"
-    seed: Seed = 1
 
 
-_KINDS = (ReproduceTheSaving, AcrossWorkloadMixes, WhereTheCyclesGo, IsItCorrect)
+Parameters = (
+    ReproduceTheSaving
+    | AcrossWorkloadMixes
+    | WhereTheCyclesGo
+    | HowSure
+    | TheSeries
+    | BreakEven
+    | KernelStackRandomization
+    | BetterPolicies
+    | CouldYouMeasureIt
+    | IsItCorrect
+)
+
+NOTEBOOKS: Final[Mapping[str, type[Parameters]]] = MappingProxyType(
+    {kind.notebook: kind for kind in get_args(Parameters)}
+)
+"""Parameter class of each notebook, by the notebook's name without ``.ipynb``."""
 
 _ENTRIES: Final[Mapping[str, tuple[str, type[_Parameters]]]] = MappingProxyType(
     {
@@ -172,13 +315,6 @@ _ENTRIES: Final[Mapping[str, tuple[str, type[_Parameters]]]] = MappingProxyType(
         "mutants": ("mutant", IsItCorrect),
     }
 )
-
-Parameters = ReproduceTheSaving | AcrossWorkloadMixes | WhereTheCyclesGo | IsItCorrect
-
-NOTEBOOKS: Final[Mapping[str, type[Parameters]]] = MappingProxyType(
-    {kind.notebook: kind for kind in _KINDS}
-)
-"""Parameter class of each notebook, by the notebook's name without ``.ipynb``."""
 
 
 def validated(notebook_name: str, /, **values: Any) -> Parameters:

@@ -12,7 +12,7 @@ all of its reachable values.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -419,14 +419,12 @@ class Nvmx:
             self.shadow_rw if self.has("patch07") else self.shadow_rw + self.shadow_ro,
             self._read_shadow_field,
         )
-        self._stretch("copy_shadow_to_vmcs12")
 
     def copy_vmcs12_to_shadow(self) -> None:
         """Write vmcs12 to the shadow VMCS for exit-less accesses by L1."""
         names = self.shadow_rw + self.shadow_ro
         self._shadow_copy("nested_sync_vmcs12_to_shadow", names, self._write_shadow_field)
         self._set(need_vmcs12_to_shadow_sync=False)
-        self._stretch("copy_vmcs12_to_shadow")
 
     def _read_shadow_field(self, name: str) -> None:
         self._emit("VMREAD", name, "copy_shadow_to_vmcs12")
@@ -437,13 +435,19 @@ class Nvmx:
         self.shadow[name] = self.vmcs12.get(name, 0)
 
     def _shadow_copy(
-        self, function: str, names: Iterable[str], copy_field: Callable[[str], None]
+        self, function: str, names: Sequence[str], copy_field: Callable[[str], None]
+    ) -> None:
+        self._copy_with_shadow_loaded(function, names, copy_field)
+        self._stretch("shadow_field", len(names))
+        if not self.has("patch09"):
+            self.trace.field_lookups += len(names)
+
+    def _copy_with_shadow_loaded(
+        self, function: str, names: Sequence[str], copy_field: Callable[[str], None]
     ) -> None:
         self._emit("VMPTRLD", "", function)
         for name in names:
             copy_field(name)
-            if not self.has("patch09"):
-                self.trace.field_lookups += 1
         self._emit("VMCLEAR", "", function)
         self._emit("VMPTRLD", "", function)
 
@@ -676,7 +680,9 @@ class Nvmx:
         self._note_control_write(name)
         if not rw_shadowed:
             if self.config.shadow_vmcs and name in self.shadow_ro:
-                self._shadow_copy("handle_vmwrite", (name,), self._write_shadow_field_of_vmwrite)
+                self._copy_with_shadow_loaded(
+                    "handle_vmwrite", (name,), self._write_shadow_field_of_vmwrite
+                )
             self._set(dirty_vmcs12=True)
         return None
 

@@ -620,7 +620,7 @@ _add(
 _add(
     "ro-shadowed-vmwrite-not-mirrored",
     "handle_vmwrite does not write a RO-shadowed field to the shadow VMCS",
-    _without("_shadow_copy", within="handle_vmwrite"),
+    _without("_copy_with_shadow_loaded", within="handle_vmwrite"),
 )
 
 

@@ -18,6 +18,16 @@ ALL_MIXES = notebook_parameters.AcrossWorkloadMixes.notebook
 BREAKDOWN = notebook_parameters.WhereTheCyclesGo.notebook
 CORRECTNESS = notebook_parameters.IsItCorrect.notebook
 
+BEYOND = (
+    notebook_parameters.BetterPolicies.notebook,
+    notebook_parameters.KernelStackRandomization.notebook,
+    notebook_parameters.HowSure.notebook,
+    notebook_parameters.TheSeries.notebook,
+    notebook_parameters.BreakEven.notebook,
+    notebook_parameters.CouldYouMeasureIt.notebook,
+)
+"""What ``--all`` adds to the main job, the longest first."""
+
 USUAL_MIX = "cpuid"
 """The mix to take apart if nothing else is asked for: the shortest exit that L1 handles."""
 
@@ -61,6 +71,7 @@ def reproduce(
     jobs: int | None = None,
     out: Path | str = "reports",
     breakdown_mix: str | None = None,
+    everything: bool = False,
     notebooks: Path | None = None,
     **parameters: Any,
 ) -> Reproduction:
@@ -77,11 +88,13 @@ def reproduce(
     breakdown_mix : str, optional
         The mix whose round trip ``03_where_the_cycles_go`` takes apart; if not given "cpuid", or
         the first where that is not among the mixes.
+    everything : bool
+        Run the notebooks of `BEYOND` too.
     notebooks : Path, optional
         The folder with the notebooks; this package's own if not given.
     **parameters
-        Parameters of the notebooks on the saving: kvm_before, kvm_after, cpu, exits, seed; that on
-        correctness takes cpu and seed of them.
+        Parameters of the notebooks on the saving: kvm_before, kvm_after, cpu, exits, seed; the
+        other notebooks take those of them that they have.
 
     Returns
     -------
@@ -112,6 +125,7 @@ def reproduce(
     tasks = [
         # The longest first, so that no core waits for them at the end.
         planned(CORRECTNESS, CORRECTNESS),
+        *(planned(notebook, notebook) for notebook in BEYOND if everything),
         planned(ALL_MIXES, ALL_MIXES, mixes=names),
         planned(BREAKDOWN, BREAKDOWN, mix=taken_apart),
         *(planned(ONE_MIX, f"{ONE_MIX}--{name}", mix=name) for name in names),
