@@ -261,7 +261,23 @@ class PriceList:
             raise LabError("not a number of draws", where="n", got=n, allowed=f"1 to {_MOST_DRAWS}")
         if seed < 0:
             raise LabError("not a seed", where="seed", got=seed, allowed="an integer from 0 up")
-        normal = {name: _normal(seed, name, n) for name in self.parameters}
+        drawn = self.at({name: _normal(seed, name, n) for name in self.parameters})
+        return self.draws_of(drawn, seed)
+
+    def at(self, normal: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        """Map independent standard normal numbers to prices: the one rule that all draws follow.
+
+        Parameters
+        ----------
+        normal : mapping of str to float64[n]
+            By parameter, all of `parameters`.
+
+        Returns
+        -------
+        dict of str to float64[n]
+            Prices in TSC cycles (cpi: per instruction). A fraction is multiplied by its `first`; a
+            `next` in cycles is correlated with its `first` (`RHO`) and cut at it.
+        """
         drawn: dict[str, FloatArray] = {}
         for name, price in self.parameters.items():
             first = _FIRST.get(name)
@@ -272,7 +288,11 @@ class PriceList:
             else:
                 z = RHO * normal[first] + (1 - RHO**2) ** 0.5 * normal[name]
                 drawn[name] = np.minimum(price.at(z), drawn[first])
-        cycles = np.full((n, len(PRIMITIVES)), np.nan)
+        return drawn
+
+    def draws_of(self, drawn: Mapping[str, FloatArray], seed: int) -> Draws:
+        """Return prices by parameter, each float64[n], as draws by primitive."""
+        cycles = np.full((len(next(iter(drawn.values()))), len(PRIMITIVES)), np.nan)
         included = np.zeros(len(PRIMITIVES))
         for column, primitive in enumerate(PRIMITIVES):
             parameter = _PRICED_AS[primitive]
