@@ -15,6 +15,9 @@ from nvmx_lab.nested.policies import SYNC_POLICIES
 
 RELEASES_TABLE = "l0_releases.toml"
 
+LOGGED_RELEASE = "6.1"
+"""The release that was executed: ``data/l0_lengths.csv`` holds its lengths."""
+
 
 @dataclass(frozen=True)
 class Release:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from nvmx_lab import vmcs
 from nvmx_lab.errors import LabError
-from nvmx_lab.nested.config import Config
+from nvmx_lab.nested.config import LOGGED_RELEASE, Config, base_features
 from nvmx_lab.nested.ops import Kind, Operation
 from nvmx_lab.nested.paths import Access, Row, lengths, paths
 from nvmx_lab.nested.policies import SYNC_POLICIES
@@ -176,10 +176,16 @@ def _static_token(config: Config, token: str) -> bool:
 def _resolved_paths(config: Config) -> Mapping[str, tuple[Row, ...]]:
     """Return the paths of one L0: rows that never run dropped, conditions that always hold too."""
     resolved: dict[str, tuple[Row, ...]] = {}
+    logged = base_features(LOGGED_RELEASE)
     for path, rows in paths().items():
         kept = []
         for row in rows:
             dynamic = []
+            # The lengths are of the release that was logged: what it does not execute comes on top.
+            not_in_logs = row.accesses[0].op in ("VMREAD", "VMWRITE") and any(
+                token.removeprefix("!") in logged and token.startswith("!")
+                for token in row.condition
+            )
             for token in row.condition:
                 name = token.removeprefix("!")
                 if name in DYNAMIC or name.startswith("changed:"):
@@ -187,7 +193,7 @@ def _resolved_paths(config: Config) -> Mapping[str, tuple[Row, ...]]:
                 elif _static_token(config, name) == token.startswith("!"):
                     break
             else:
-                kept.append(row._replace(condition=tuple(dynamic)))
+                kept.append(row._replace(condition=tuple(dynamic), not_in_logs=not_in_logs))
         resolved[path] = tuple(kept)
     return resolved
 
@@ -326,6 +332,8 @@ class Nvmx:
         for row in self.resolved_paths[path]:
             if not self.holds(row.condition):
                 continue
+            if row.not_in_logs:
+                self._stretch("single_access", len(row.accesses))
             for access in row.accesses:
                 if access.op == "VMREAD":
                     value = self._vmread(access.field, access.function)
@@ -529,6 +537,7 @@ class Nvmx:
             self._run(registers)
         if loaded in self.control.host_rsp_stale:
             self._run("vmx_update_host_rsp")
+            self._stretch("single_access")
             self._set(host_rsp_stale=self.control.host_rsp_stale - {loaded})
         if loaded in self.control.controls_written:
             self.trace.control_checks += 1

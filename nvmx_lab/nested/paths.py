@@ -29,11 +29,15 @@ class Access(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of ``l0_paths.csv``: the accesses, whether they copy vmcs12, and their condition."""
+    """One row of ``l0_paths.csv``: the accesses, whether they copy vmcs12, and their condition.
+
+    `not_in_logs`: KVM as it was logged does not execute them, so its lengths are without them.
+    """
 
     accesses: tuple[Access, ...]
     copies_vmcs12: bool
     condition: tuple[str, ...]
+    not_in_logs: bool = False
 
 
 class Length(NamedTuple):

@@ -91,6 +91,11 @@ def derive(directory: Path | None = None) -> list[dict[str, str]]:
         "which is not logged; assumed for fields read too",
     )
     add(
+        *("single_access", "", rare / RARE_READS, 0, ""),
+        "assumed: as a rare field, for an access that the logged KVM does not execute, or not on "
+        "every such path",
+    )
+    add(
         "exit_legacy",
         "",
         legacy,
