@@ -31,6 +31,9 @@ FloatArray = NDArray[np.float64]
 DEFAULT = "skylake-2015"
 """The price list used unless another is named: the generation of the patch's time."""
 
+BLIND = "skylake-2015-blind"
+"""The same without the patch's own measurement."""
+
 PARAMETERS: Mapping[str, str] = MappingProxyType(
     {
         name: meaning
@@ -43,13 +46,18 @@ PARAMETERS: Mapping[str, str] = MappingProxyType(
 
 # L1 runs on the same core as L0: its VMREADs of the shadow VMCS and its software cost the same.
 # They are priced as `first` because L1's accesses are scattered through its handler.
-_PRICED_AS: Mapping[str, str] = {name: name for name in PRIMITIVES} | {
+PRICED_AS: Mapping[str, str] = {name: name for name in PRIMITIVES} | {
     "l0_instructions": "cpi",
     "l1_instructions": "cpi",
     "l1_vmread": "vmread_first",
     "l1_vmwrite": "vmwrite_first",
 }
-_FIRST = {"vmread_next": "vmread_first", "vmwrite_next": "vmwrite_first"}
+"""Primitive -> the parameter that prices it."""
+FIRST_OF: Mapping[str, str] = MappingProxyType(
+    {"vmread_next": "vmread_first", "vmwrite_next": "vmwrite_first"}
+)
+"""The price of a straight-line access -> that of the access that starts the line."""
+
 _CYCLES, _PER_INSTRUCTION = "TSC cycles", "TSC cycles per instruction"
 
 RHO = 0.5
@@ -76,9 +84,11 @@ class Price(BaseModel):
     unit : str
         ``TSC cycles``, ``TSC cycles per instruction`` (cpi), or, for a `next`, ``fraction of`` its
         `first`.
-    basis : {"published", "calibrated", "assumed"}
-        Published: the source gives the number, or words that were read as one. Calibrated: fitted
-        to `claims`. Assumed: nobody published it for this generation.
+    basis : {"published", "measured", "simulated", "calibrated", "assumed"}
+        Published: the source gives the number, or words that were read as one. Measured: timed on
+        a machine that the source names. Simulated: made by a program, to try what reads it; no
+        price of any processor. Calibrated: fitted to `claims`. Assumed: nobody published it for
+        this generation.
     source : str
         Where it comes from.
     claims : tuple of str
@@ -99,7 +109,7 @@ class Price(BaseModel):
         "fraction of vmread_first",
         "fraction of vmwrite_first",
     ]
-    basis: Literal["published", "calibrated", "assumed"]
+    basis: Literal["published", "measured", "simulated", "calibrated", "assumed"]
     source: _Text
     claims: _Claims = ()
     includes_instructions: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
@@ -224,7 +234,7 @@ class PriceList:
         """What the list rests on, in a line."""
         prices = self.parameters.values()
         found: list[str] = []
-        for basis in ("published", "calibrated", "assumed"):
+        for basis in ("published", "measured", "simulated", "calibrated", "assumed"):
             of_basis = [price for price in prices if price.basis == basis]
             if of_basis:
                 on = sorted({c for price in of_basis for c in price.claims})
@@ -261,8 +271,20 @@ class PriceList:
             raise LabError("not a number of draws", where="n", got=n, allowed=f"1 to {_MOST_DRAWS}")
         if seed < 0:
             raise LabError("not a seed", where="seed", got=seed, allowed="an integer from 0 up")
-        drawn = self.at({name: _normal(seed, name, n) for name in self.parameters})
-        return self.draws_of(drawn, seed)
+        drawn = self.sample(n, seed)
+        cycles = np.full((n, len(PRIMITIVES)), np.nan)
+        included = np.zeros(len(PRIMITIVES))
+        for column, primitive in enumerate(PRIMITIVES):
+            parameter = PRICED_AS[primitive]
+            if parameter in drawn:
+                cycles[:, column] = drawn[parameter]
+                included[column] = self.parameters[parameter].includes_instructions
+        cycles.flags.writeable = included.flags.writeable = False
+        return Draws(self.id, seed, cycles, included)
+
+    def sample(self, n: int, seed: int) -> dict[str, FloatArray]:
+        """Draw prices by parameter, float64[n] each; `draw` gives the same by primitive."""
+        return self.at({name: rng(seed, name).standard_normal(n) for name in self.parameters})
 
     def at(self, normal: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Map independent standard normal numbers to prices: the one rule that all draws follow.
@@ -280,7 +302,7 @@ class PriceList:
         """
         drawn: dict[str, FloatArray] = {}
         for name, price in self.parameters.items():
-            first = _FIRST.get(name)
+            first = FIRST_OF.get(name)
             if first is None or first not in normal:
                 drawn[name] = price.at(normal[name])
             elif price.is_fraction:
@@ -289,18 +311,6 @@ class PriceList:
                 z = RHO * normal[first] + (1 - RHO**2) ** 0.5 * normal[name]
                 drawn[name] = np.minimum(price.at(z), drawn[first])
         return drawn
-
-    def draws_of(self, drawn: Mapping[str, FloatArray], seed: int) -> Draws:
-        """Return prices by parameter, each float64[n], as draws by primitive."""
-        cycles = np.full((len(next(iter(drawn.values()))), len(PRIMITIVES)), np.nan)
-        included = np.zeros(len(PRIMITIVES))
-        for column, primitive in enumerate(PRIMITIVES):
-            parameter = _PRICED_AS[primitive]
-            if parameter in drawn:
-                cycles[:, column] = drawn[parameter]
-                included[column] = self.parameters[parameter].includes_instructions
-        cycles.flags.writeable = included.flags.writeable = False
-        return Draws(self.id, seed, cycles, included)
 
     def frame(self) -> pd.DataFrame:
         """Return one row per parameter; an unknown one has NaN quantiles and basis ``unknown``.
@@ -367,13 +377,18 @@ def load(cpu: str | Path = DEFAULT) -> PriceList:
     ----------
     cpu : str or Path
         Id of a shipped list, or the path of a TOML file like those in ``data/cpus``. A file with
-        ``base = "<id>"`` takes from that shipped list every price it does not give itself.
+        ``base = "<id>"`` takes from that shipped list every price it does not give itself. Or the
+        path of a posterior, a Parquet file that ``nvmx-lab calibrate`` writes.
 
     Raises
     ------
     LabError
         Unknown id; unreadable or malformed file: names the file, the key and what is allowed.
     """
+    if Path(cpu).suffix == ".parquet":
+        from nvmx_lab.costs.posterior import read  # it needs this module
+
+        return read(Path(cpu))
     if isinstance(cpu, str) and not cpu.endswith(".toml") and not {"/", "\\"} & set(cpu):
         if cpu not in names():
             raise unknown("cpu", cpu, names())
@@ -502,7 +517,7 @@ def _check(prices: Mapping[str, Price], file: Path) -> list[LabError]:
             got = (price.p05, price.p50, price.p95)
             order = "p05 <= p50 <= p95"
             wrong.append(LabError("quantiles out of order", where=where, got=got, allowed=order))
-        first = _FIRST.get(name)
+        first = FIRST_OF.get(name)
         units = [_PER_INSTRUCTION] if name == "cpi" else [_CYCLES]
         if first is not None:
             units.append(f"fraction of {first}")
@@ -538,8 +553,8 @@ def _check(prices: Mapping[str, Price], file: Path) -> list[LabError]:
     return wrong
 
 
-def _normal(seed: int, parameter: str, n: int) -> FloatArray:
-    """Return the parameter's own standard normal numbers."""
+def rng(seed: int, parameter: str) -> np.random.Generator:
+    """Return the random stream of one parameter: named by seed and parameter alone."""
     # hash() differs from run to run; a digest does not.
     task = int.from_bytes(hashlib.sha256(f"price {parameter}".encode()).digest()[:8], "little")
-    return np.random.default_rng(np.random.SeedSequence([seed, task])).standard_normal(n)
+    return np.random.default_rng(np.random.SeedSequence([seed, task]))

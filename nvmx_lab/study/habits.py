@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from nvmx_lab.costs import prices
 from nvmx_lab.costs.pricing import interval, price
-from nvmx_lab.nested.automaton import count
 from nvmx_lab.nested.config import Config
-from nvmx_lab.nested.model import Nvmx, Trace
-from nvmx_lab.nested.ops import parse
 from nvmx_lab.nested.primitives import COUNTERS
+from nvmx_lab.nested.round_trip import round_trip
 from nvmx_lab.study.compare import DRAWS
 from nvmx_lab.study.simulate import P
 
@@ -70,7 +67,11 @@ def habits(
 
     drawn = prices.load(cpu).draw(draws, seed)
     counts = {
-        (sync, name): _round_trip(Config.of(kvm, sync), operations)
+        (sync, name): round_trip(
+            Config.of(kvm, sync),
+            operations,
+            "VMLAUNCH" if "VMCLEAR current" in operations else "VMRESUME",
+        )[1]
         for sync in ("lazy", "eager")
         for name, operations in {"": (), **HABITS}.items()
     }
@@ -94,18 +95,3 @@ def habits(
             }
         )
     return pd.DataFrame(rows)
-
-
-def _round_trip(config: Config, operations: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the counts of a round trip in the steady state, float64[C]."""
-    l0 = Nvmx(config)
-    l0.start()
-    entry = "VMLAUNCH" if "VMCLEAR current" in operations else "VMRESUME"
-    word = [parse(text) for text in ("EXIT CPUID", *operations, entry)]
-    total = np.zeros(len(COUNTERS))
-    for repetition in range(2):  # the second finds the state that the first leaves
-        for operation in word:
-            l0.trace = Trace()
-            l0.apply(operation)
-            total += count(l0.trace) * repetition
-    return total

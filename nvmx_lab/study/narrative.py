@@ -16,9 +16,6 @@ from nvmx_lab.workload import mixes as workload
 if TYPE_CHECKING:
     import pandas as pd
 
-BLIND = "skylake-2015-blind"
-"""The price list made without the patch's own measurement."""
-
 _CLAIM = "A"  # in claims.csv: what the patch's author measured
 _PATCH = "patch13"  # the patch itself, among the features of a release
 _NO_PULLS, _BELOW, _ABOVE, _UNPRICED = (
@@ -129,7 +126,7 @@ def prediction(mix: str, *, kvm: tuple[str, str], cpu: str, exits: int, seed: in
     """
     import pandas as pd
 
-    lists = list(dict.fromkeys([cpu, BLIND]))
+    lists = list(dict.fromkeys([cpu, prices.BLIND]))
     simulated = sweep([mix], kvm=[kvm], cpu=lists, exits=exits, seed=seed)
     rows: list[dict[str, Any]] = [
         {
@@ -318,7 +315,7 @@ def savings_of_all(frame: pd.DataFrame, cpu: str) -> pd.DataFrame:
     """
     import pandas as pd
 
-    own, blind = frame[frame["cpu"] == cpu], frame[frame["cpu"] == BLIND].set_index("mix")
+    own, blind = frame[frame["cpu"] == cpu], frame[frame["cpu"] == prices.BLIND].set_index("mix")
     own = own.sort_values(
         ["round_trip_saving_cycles_p50", "mix"], ascending=[False, True], kind="stable"
     )
@@ -388,7 +385,7 @@ def evidence() -> pd.DataFrame:
 def answer_for_all(frame: pd.DataFrame, cpu: str) -> str:
     """Return the answer to "on which workloads does it pay?", as Markdown."""
     own = frame[frame["cpu"] == cpu]
-    blind = frame[frame["cpu"] == BLIND]
+    blind = frame[frame["cpu"] == prices.BLIND]
     lines = [f"**{_tally(own)}**", ""]
     of_group = _group_of(own)
     for name in (_BELOW, _ABOVE, _UNPRICED, _NO_PULLS):
@@ -416,7 +413,7 @@ def answer_for_all(frame: pd.DataFrame, cpu: str) -> str:
         f"{badge('simulated')} Counts by a model that is held to executed logs; cycles by the "
         f"prices of {cpu}.",
     ]
-    if cpu != BLIND and not steady.empty:
+    if cpu != prices.BLIND and not steady.empty:
         with_blind = blind[blind["mix"].isin(steady["mix"])]["exit_leg_saving_cycles_p50"]
         lines[-1] += (
             f" With prices made without the patch's own measurement the exit leg of the mixes that "

@@ -1,0 +1,322 @@
+"""What notebook 04 says: tables and sentences made from calibrations and claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from nvmx_lab.costs.calibration import FITS, Calibration
+from nvmx_lab.costs.claims import TARGET, claim
+from nvmx_lab.study.narrative import badge
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAMES: Final = {
+    "prior": "before any claim",
+    "blind": "without the patch's claim",
+    "with-claim": "with the patch's claim",
+    "one-constant": "one constant per VMREAD",
+}
+_SPACE = "\N{NO-BREAK SPACE}"
+
+
+def about() -> str:
+    """Return what the three fits take for true, as Markdown."""
+    lines = "\n".join(f"* **{NAMES[fit]}**: {meaning}." for fit, meaning in FITS.items())
+    target = claim(TARGET)
+    return (
+        f"The claim in question: about {target.cycles:.0f} cycles per {target.per} "
+        f"{badge('published')}, with an error of {target.sd:.0f} {badge('assumed')}.\n\n{lines}"
+    )
+
+
+def of_claims() -> str:
+    """Return how the claims are used, as Markdown."""
+    from nvmx_lab.costs.claims import claims
+
+    known = claims().values()
+    by = {
+        role: [c.id for c in known if c.role == role]
+        for role in ("target", "fit", "check", "hold-out")
+    }
+    run = [c.id for c in known if c.basis == "simulated"]
+    typed = [c.id for c in known if c.basis == "assumed"]
+    none = [c.id for c in known if not c.basis]
+    held = by["hold-out"] + by["check"]
+    return (
+        f"There are {len(known)} claims {badge('published')}. The target is {_ids(by['target'])}; "
+        f"{_ids(by['fit'])} are for fitting, {_ids(held)} are held out. None gives an error: "
+        f"each is {badge('assumed')}. What a claim is about is counted in a run of the model for "
+        f"{_ids(run)} {badge('simulated')} and typed for {_ids(typed)} {badge('assumed')}; nothing "
+        f"here predicts {_ids(none)}."
+    )
+
+
+def convergence(calibrations: Mapping[str, Calibration]) -> pd.DataFrame:
+    """Return how well each chain was sampled, one row per fit."""
+    import pandas as pd
+
+    rows = []
+    for fit, calibration in calibrations.items():
+        found = calibration.convergence
+        rows.append(
+            {
+                "fit": NAMES[fit],
+                "claims fitted": " ".join(c.id for c in calibration.claims),
+                "steps": f"{found.steps:,}",
+                "walkers": found.walkers,
+                "autocorrelation, steps": f"{found.autocorrelation_steps:.0f}",
+                "effective draws": f"{found.effective_draws:,.0f}",
+                "split R-hat": f"{found.worst_r_hat:.4f}",
+                "converged": "yes" if found.ok else "no",
+            }
+        )
+    return pd.DataFrame(rows).set_index("fit")
+
+
+def price_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the prices of `how_sure.calibrated_prices`, a row per price, a column per fit."""
+    shown = frame.assign(
+        text=[
+            f"{row.cycles_p50:.3g} ({row.cycles_p05:.3g} to {row.cycles_p95:.3g})".replace(
+                " ", _SPACE
+            )
+            for row in frame.itertuples()
+        ]
+    )
+    table = shown.pivot(index="parameter", columns="fit", values="text")
+    table = table.reindex(
+        index=list(dict.fromkeys(frame["parameter"])), columns=list(dict.fromkeys(frame["fit"]))
+    )
+    on = frame[frame["fit"] == "with-claim"].set_index("parameter")["claims"]
+    table["claims about it"] = on
+    return table.rename(columns=NAMES)
+
+
+def held_out(frame: pd.DataFrame, fit: str) -> pd.DataFrame:
+    """Return every claim that one fit did not use, worded for a table."""
+    import pandas as pd
+
+    rows = []
+    for _, row in frame[(frame["fit"] == fit) & ~frame["used"]].iterrows():
+        rows.append(
+            {
+                "claim": row["claim"],
+                "about": row["description"],
+                "on": f"{row['microarchitecture']}, {row['year']}",
+                "stated": _stated(row),
+                "predicted": _span(row, "cycles_p05", "cycles_p50", "cycles_p95"),
+                "with the claim's error": _ends(row),
+                "verdict": row["verdict"],
+                "which means": _meaning(row),
+                "counts": row["counts"] or "none",
+            }
+        )
+    return pd.DataFrame(rows).set_index("claim")
+
+
+def fitted(frame: pd.DataFrame, fit: str) -> pd.DataFrame:
+    """Return how well one fit meets the claims that it was fitted to."""
+    import pandas as pd
+
+    rows = [
+        {
+            "claim": row["claim"],
+            "about": row["description"],
+            "stated": _stated(row),
+            "error (assumed)": f"{row['sd_cycles']:.0f}",
+            "after the fit": _span(row, "cycles_p05", "cycles_p50", "cycles_p95"),
+            "verdict": row["verdict"].split(",")[0],
+        }
+        for _, row in frame[(frame["fit"] == fit) & frame["used"]].iterrows()
+    ]
+    return pd.DataFrame(rows).set_index("claim")
+
+
+def savings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the saving with each price list, worded for a table."""
+    import pandas as pd
+
+    rows = [
+        {
+            "prices": row["prices"],
+            "saving on the exit leg, cycles": _span(
+                row, *(f"exit_leg_cycles_{q}" for q in ("p05", "p50", "p95"))
+            ),
+            "rests on the patch's claim": "yes: reproduced, not predicted"
+            if row["rests_on_the_claim"]
+            else "no: predicted",
+        }
+        for _, row in frame.iterrows()
+    ]
+    return pd.DataFrame(rows).set_index("prices")
+
+
+def of_one_constant(frame: pd.DataFrame) -> str:
+    """Return what becomes of the claims if every VMREAD costs the same, as Markdown."""
+    rows = frame[frame["fit"] == "one-constant"]
+    missed = rows[rows["verdict"] == "outside"]
+    own = frame[(frame["fit"] == "with-claim") & (frame["verdict"] == "outside")]
+    more = sorted(set(missed["claim"]) - set(own["claim"]))
+    if not more:
+        return (
+            "**One constant does no worse here**: every claim outside its prediction is outside "
+            "that of the two-price fit too."
+        )
+    parts = [
+        f"{row['claim']} ({row['description']}: stated {row['stated_cycles']:.0f}, predicted "
+        f"{row['cycles_p50']:.0f})"
+        for _, row in rows[rows["claim"].isin(more)].iterrows()
+    ]
+    return (
+        "**One constant per VMREAD fails.** To meet the patch's claim it must be so low that it "
+        f"misses {_count(len(more), 'claim')} that two prices meet: {'; '.join(parts)}. So a "
+        "VMREAD behind another must cost less than one alone, or the claim is not what it says."
+    )
+
+
+def of_contradictions(frame: pd.DataFrame, fit: str = "with-claim") -> str:
+    """Return the held-out claims that contradict a fit, and those that agree, as Markdown."""
+    tested = frame[(frame["fit"] == fit) & ~frame["used"] & (frame["verdict"] != "no prediction")]
+    outside = tested[tested["verdict"] == "outside"]
+    inside = tested[tested["verdict"] == "inside"]
+    weak = tested[tested["verdict"] == "inside, weak"]
+    text = (
+        f"Of {len(tested)} claims that this fit did not use, {_ids(outside['claim'])} "
+        f"{_are(len(outside))} outside the prediction, {_ids(inside['claim'])} "
+        f"{_are(len(inside))} inside, and {_ids(weak['claim'])} {_are(len(weak))} inside an "
+        "interval so wide that it tests little."
+    )
+    lines = [f"* **{row['claim']}**, {row['description']}: {_why(row)}" for _, row in outside.iterrows()]
+    return text + ("\n\n" + "\n".join(lines) if lines else "")
+
+
+def answer(
+    calibrations: Mapping[str, Calibration],
+    frame: pd.DataFrame,
+    prices: pd.DataFrame,
+    sensitivity: pd.DataFrame,
+) -> str:
+    """Return the notebook's answer, as Markdown.
+
+    Parameters
+    ----------
+    calibrations
+        The fits.
+    frame
+        `how_sure.against_claims`.
+    prices
+        `how_sure.calibrated_prices`.
+    sensitivity
+        `nvmx_lab.study.sensitivity.sensitivity` with prices made without the claim.
+    """
+    by = frame.set_index(["fit", "claim"])
+    blind = by.loc[("blind", TARGET)]
+    price = prices.set_index(["fit", "parameter"])
+    next_without, next_with = (
+        price.loc[(fit, "vmread_next")] for fit in ("blind", "with-claim")
+    )
+    ratio = blind["cycles_p50"] / blind["stated_cycles"]
+    inside = blind["verdict"] != "outside"
+    tested = frame[
+        (frame["fit"] == "with-claim") & ~frame["used"] & (frame["verdict"] != "no prediction")
+    ]
+    outside = tested[tested["verdict"] == "outside"]
+    leader = sensitivity.sort_values("total", ascending=False).iloc[0]
+    ok = all(c.convergence.ok for c in calibrations.values())
+    return "\n\n".join(
+        [
+            f"**The claim is {'possible' if inside else 'not what was to be expected'}, "
+            f"{'and' if inside else 'but'} it carries itself.** Without it, the other claims "
+            f"predict {_span(blind, 'cycles_p05', 'cycles_p50', 'cycles_p95')} cycles for it, "
+            f"{ratio:.1f} times what is stated as median {badge('simulated')}; "
+            f"{blind['stated_cycles']:.0f} {badge('published')} is "
+            f"{'inside' if inside else 'outside'} that interval. With it, a VMREAD right behind "
+            f"another costs {_price(next_with)} cycles instead of {_price(next_without)}.",
+            f"**Held out, {len(tested) - len(outside)} of {len(tested)} claims agree and "
+            f"{len(outside)} contradict** ({_ids(outside['claim'])}). "
+            + ("" if outside.empty else "The contradictions count as much as the agreement: ")
+            + "; ".join(_why(row) for _, row in outside.iterrows())
+            + ("." if not outside.empty else ""),
+            of_one_constant(frame),
+            f"**What moves the answer most** is `{leader['input']}`: {leader['total']:.0%} of the "
+            "variance of the predicted saving, the inputs it acts with included.".replace(
+                "%", f"{_SPACE}%"
+            ),
+            "**What would settle it:** time 1 and 35 back-to-back VMREADs of distinct fields of the "
+            "VMCS that the CPU has just left, on one named Intel host with nothing else in the "
+            "loop; if the 35 cost about as much as 35 times "
+            f"{next_with['cycles_p50']:.0f} cycles the claim stands by itself, if they cost 35 times "
+            f"{next_without['cycles_p50']:.0f} it does not. "
+            "[Notebook 09](09_could_you_measure_it.ipynb) says how.",
+            ""
+            if ok
+            else "**The sampler has not converged**: run it again with more steps before using "
+            "any of this.",
+        ]
+    ).strip()
+
+
+def _meaning(row: pd.Series) -> str:
+    """Say what a verdict means, in a few words."""
+    match row["verdict"]:
+        case "no prediction":
+            return row["note"] or "nothing to compare with"
+        case "inside":
+            return "agrees"
+        case "inside, weak":
+            return "agrees, as almost any number would"
+    return _why(row)
+
+
+def _why(row: pd.Series) -> str:
+    times = row["times_stated"]
+    said = f"{times:.1f} times too high" if times > 1 else f"{1 / times:.1f} times too low"
+    return (
+        f"{row['claim']} is predicted {said} "
+        f"({row['cycles_p50']:,.0f} for {row['stated_cycles']:,.0f})"
+    )
+
+
+def _stated(row: pd.Series) -> str:
+    if row["stated_cycles"] != row["stated_cycles"]:
+        return "no number"
+    least = "at least " if row["at_least"] else ""
+    return f"{least}{row['stated_cycles']:,.5g}"
+
+
+def _span(row: pd.Series, low: str, middle: str, high: str) -> str:
+    if row[middle] != row[middle]:
+        return "\N{EN DASH}"
+    text = f"{row[middle]:,.0f} ({row[low]:,.0f} to {row[high]:,.0f})"
+    return text.replace(" ", _SPACE).replace("-", "\N{MINUS SIGN}")
+
+
+def _ends(row: pd.Series) -> str:
+    if row["low_cycles"] != row["low_cycles"]:
+        return "\N{EN DASH}"
+    text = f"{row['low_cycles']:,.0f} to {row['high_cycles']:,.0f}"
+    return text.replace(" ", _SPACE).replace("-", "\N{MINUS SIGN}")
+
+
+def _price(row: pd.Series) -> str:
+    return (
+        f"{row['cycles_p50']:.1f} ({row['cycles_p05']:.1f} to {row['cycles_p95']:.1f})"
+    ).replace(" ", _SPACE)
+
+
+def _ids(names: object) -> str:
+    listed = list(names)  # type: ignore[call-overload]
+    if not listed:
+        return "none"
+    *first, last = listed
+    return f"{', '.join(first)} and {last}" if first else str(last)
+
+
+def _are(n: int) -> str:
+    return "is" if n in (0, 1) else "are"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
