@@ -309,7 +309,7 @@ def _sample(
     first = np.random.default_rng(start).standard_normal((WALKERS, len(names)))
     # emcee's own random state is a RandomState; it takes the state of one.
     state = np.random.RandomState(np.random.MT19937(moves)).get_state()
-    position = emcee.State(first, random_state=state)
+    place = emcee.State(first, random_state=state)
     with tqdm(
         total=steps + steps // 2,
         unit="step",
@@ -318,7 +318,8 @@ def _sample(
     ) as bar:
         for stretch in (steps // 2, steps):  # the first is thrown away
             sampler.reset()
-            for position in sampler.sample(position, iterations=stretch):
+            for after in sampler.sample(place, iterations=stretch):
+                place = after
                 bar.update()
     chain: FloatArray = sampler.get_chain()
     return chain, float(sampler.acceptance_fraction.mean())

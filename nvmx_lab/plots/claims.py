@@ -33,7 +33,12 @@ _FITS: Final = {
     "with-claim": (ORANGE, "D", "with it"),
     "one-constant": (VERMILLION, "v", "with one constant per VMREAD"),
 }
-_ROLES: Final = {"target": "the patch", "fit": "fitted", "check": "held out", "hold-out": "held out"}
+_ROLES: Final = {
+    "target": "the patch",
+    "fit": "fitted",
+    "check": "held out",
+    "hold-out": "held out",
+}
 _STEP = 0.22
 
 

@@ -188,7 +188,9 @@ def of_contradictions(frame: pd.DataFrame, fit: str = "with-claim") -> str:
         f"{_are(len(inside))} inside, and {_ids(weak['claim'])} {_are(len(weak))} inside an "
         "interval so wide that it tests little."
     )
-    lines = [f"* **{row['claim']}**, {row['description']}: {_why(row)}" for _, row in outside.iterrows()]
+    lines = [
+        f"* **{row['claim']}**, {row['description']}: {_why(row)}." for _, row in outside.iterrows()
+    ]
     return text + ("\n\n" + "\n".join(lines) if lines else "")
 
 
@@ -237,18 +239,17 @@ def answer(
             f"**Held out, {len(tested) - len(outside)} of {len(tested)} claims agree and "
             f"{len(outside)} contradict** ({_ids(outside['claim'])}). "
             + ("" if outside.empty else "The contradictions count as much as the agreement: ")
-            + "; ".join(_why(row) for _, row in outside.iterrows())
+            + "; ".join(f"{row['claim']} is {_why(row)}" for _, row in outside.iterrows())
             + ("." if not outside.empty else ""),
             of_one_constant(frame),
             f"**What moves the answer most** is `{leader['input']}`: {leader['total']:.0%} of the "
             "variance of the predicted saving, the inputs it acts with included.".replace(
                 "%", f"{_SPACE}%"
             ),
-            "**What would settle it:** time 1 and 35 back-to-back VMREADs of distinct fields of the "
-            "VMCS that the CPU has just left, on one named Intel host with nothing else in the "
-            "loop; if the 35 cost about as much as 35 times "
-            f"{next_with['cycles_p50']:.0f} cycles the claim stands by itself, if they cost 35 times "
-            f"{next_without['cycles_p50']:.0f} it does not. "
+            "**What would settle it:** time 1 and 35 back-to-back VMREADs of distinct fields of "
+            "the VMCS that the CPU has just left, on one named Intel host with nothing else in the "
+            f"loop: near {next_with['cycles_p50']:.0f} cycles for each one more, the claim stands "
+            f"by itself; near {next_without['cycles_p50']:.0f}, it does not. "
             "[Notebook 09](09_could_you_measure_it.ipynb) says how.",
             ""
             if ok
@@ -273,10 +274,7 @@ def _meaning(row: pd.Series) -> str:
 def _why(row: pd.Series) -> str:
     times = row["times_stated"]
     said = f"{times:.1f} times too high" if times > 1 else f"{1 / times:.1f} times too low"
-    return (
-        f"{row['claim']} is predicted {said} "
-        f"({row['cycles_p50']:,.0f} for {row['stated_cycles']:,.0f})"
-    )
+    return f"predicted {said} ({row['cycles_p50']:,.0f} for {row['stated_cycles']:,.0f} cycles)"
 
 
 def _stated(row: pd.Series) -> str:

@@ -1,4 +1,4 @@
-"""Calibration: recovers what it is given, finds the exact answer where there is one, and says how."""
+"""Calibration: recovers what it is given, and agrees with another way to find the posterior."""
 
 from __future__ import annotations
 
