@@ -257,17 +257,106 @@ def kvm(fmt: str) -> None:
     _show(pd.DataFrame(known), fmt)
 
 
-@cli.command()
-@click.argument("cpu", required=False)
+class _NamesOrCommands(_Commands):
+    """A group whose first word may be a name: `cpus skylake-2015` is `cpus show skylake-2015`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["show", *args]
+        return super().resolve_command(ctx, args)
+
+
+@cli.group(cls=_NamesOrCommands, invoke_without_command=True)
 @format_option
-def cpus(cpu: str | None, fmt: str) -> None:
-    """List the price lists, or every price of CPU with its source."""
+@click.pass_context
+def cpus(ctx: click.Context, fmt: str) -> None:
+    """List the price lists; show one (cpus CPU); or make one of timings."""
+    ctx.obj = fmt
+    if ctx.invoked_subcommand is None:
+        from nvmx_lab.costs import prices
+
+        _show(prices.overview(), fmt, columns=["cpu", "years", "basis", "note"])
+
+
+@cpus.command("show")
+@click.argument("cpu")
+@click.option("--format", "fmt", type=click.Choice(FORMATS), help="As of cpus.")
+@click.pass_obj
+def cpus_show(of_group: str, cpu: str, fmt: str | None) -> None:
+    """List every price of CPU, a name or a file, with its source."""
     from nvmx_lab.costs import prices
 
-    if cpu is None:
-        _show(prices.overview(), fmt, columns=["cpu", "years", "basis", "note"])
+    _show(prices.load(_name_or_file(cpu)).frame(), fmt or of_group)
+
+
+@cpus.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--id", "name", required=True, help="Id of the price list: my-cpu-2026.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="TOML file to write.")
+@click.option("--base", help="Price list that lends what was not timed.")
+@click.option("--format", "fmt", type=click.Choice(FORMATS), help="As of cpus.")
+@click.pass_obj
+def cpus_import(
+    of_group: str, file: Path, name: str, out: Path, base: str | None, fmt: str | None
+) -> None:
+    """Make a price list of FILE, a CSV of timings as data/protocol/README.md describes it.
+
+    Use it with --cpu and the name of the file.
+    """
+    from nvmx_lab.costs import measured
+
+    result = measured.import_csv(file, id=name, out=out, base=base)
+    if (fmt or of_group) == "table":
+        click.echo(str(result))
+        return
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    _show(result.frame(), fmt or of_group)
+
+
+@cli.command()
+@click.option(
+    "--fit",
+    type=click.Choice(["blind", "with-claim", "one-constant"]),
+    default="with-claim",
+    show_default=True,
+    help="What is taken for true: without the patch's claim, with it, or one price per VMREAD.",
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the sampler.")
+@click.option("--steps", type=int, default=2_000, show_default=True, help="Steps that are kept.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the posterior to this .parquet file, which --cpu takes.",
+)
+@format_option
+def calibrate(fit: str, seed: int, steps: int, out: Path | None, fmt: str) -> None:
+    """Fit the prices to published claims, and say what the other claims make of that.
+
+    Exit status 1 if the sampler did not converge; nothing is written then.
+    """
+    from nvmx_lab.costs import calibration
+    from nvmx_lab.study import how_sure
+
+    if out is not None and out.suffix != ".parquet":
+        raise LabError("a posterior is a Parquet file", where="--out", got=str(out))
+    found = calibration.calibrate(fit, seed=seed, steps=steps)
+    claims = how_sure.against_claims({fit: found}, seed=seed)
+    if fmt == "table":
+        _show(how_sure.calibrated_prices({fit: found}), fmt, columns=how_sure.PRICE_COLUMNS)
+        click.echo()
+        _show(claims.round(1), fmt, columns=how_sure.CLAIM_COLUMNS)
+        click.echo(f"\n{found.convergence}")
     else:
-        _show(prices.load(_name_or_file(cpu)).frame(), fmt)
+        _show(claims, fmt)
+    if not found.convergence.ok:
+        click.echo("not converged: give more --steps", err=True)
+        sys.exit(1)
+    if out is not None:
+        calibration.save(found, out, seed=seed)
+        click.echo(f"wrote {out}", err=True)
 
 
 @cli.group()
@@ -342,8 +431,8 @@ def reproduce(
 
 
 def _name_or_file(text: str) -> str | Path:
-    """Take what looks like a file for one: it has a separator or ends in .toml."""
-    looks_like_file = text.endswith(".toml") or os.sep in text
+    """Take what looks like a file for one: it has a separator or ends in .toml or .parquet."""
+    looks_like_file = text.endswith((".toml", ".parquet")) or os.sep in text
     return Path(text) if looks_like_file else text
 
 

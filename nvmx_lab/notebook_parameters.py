@@ -148,15 +148,15 @@ class HowSure(_Parameters):
     seed : int
         Seed of the sampler and of every other draw.
     steps : int
-        Steps of the sampler, 500 to 100,000.
+        Steps of the sampler that are kept, 100 to 100,000.
     """
 
     notebook: ClassVar[str] = "04_how_sure"
 
     seed: Seed = 1
     steps: Annotated[
-        int, Field(ge=500, le=100_000, description="a whole number of steps from 500 to 100000")
-    ] = 4_000
+        int, Field(ge=100, le=100_000, description="a whole number of steps from 100 to 100000")
+    ] = 2_000
 
 
 class TheSeries(_Priced):

@@ -219,6 +219,12 @@ def carried_by_user_space() -> tuple[str, ...]:
     return (*saved_in_smram(), *sysenter, *others)
 
 
+@functools.cache
+def host_state() -> tuple[str, ...]:
+    """Return the fields of vmcs12 that hold L1's host state: what a VM exit to L1 loads."""
+    return tuple(f.name for f in catalogue().values() if f.group == "host" and f.in_vmcs12)
+
+
 def is_rare(name: str) -> bool:
     """Return KVM's ``is_vmcs12_ext_field``: whether a VMREAD of the field by L1 pulls."""
     return field(name).rare

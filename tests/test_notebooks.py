@@ -17,7 +17,7 @@ from nvmx_lab.reports import html, inputs, kernel, result, summary
 from nvmx_lab.study import narrative, published
 
 NAMES = tuple(notebook_parameters.NOTEBOOKS)
-ONE, ALL, CYCLES, CORRECT = NAMES
+ONE, ALL, CYCLES, *_, CORRECT = NAMES
 STEADY, PULLING, ENLIGHTENED = "cpuid", "pio-user-kstack", "kvm-evmcs"
 
 
@@ -304,3 +304,43 @@ def test_executed_pulls_are_those_of_the_logs():
     assert runs.loc["kvm61_lazy_linux_l2", "pulls_share"] == pytest.approx(0.442, abs=5e-4)
     assert runs["pulls_share"].is_monotonic_decreasing
     assert not any("evmcs" in name or "eager" in name for name in runs.index)
+
+
+@pytest.mark.slow
+def test_measuring(run, page_of_notebook):
+    name = "09_could_you_measure_it"
+    notebook = run(name, power=0.8)
+    page_of_notebook(notebook, name)
+    said, handed = text_of(notebook), result.published(notebook)
+    for row in handed["runs needed"]:
+        assert row["power"] >= 0.8
+        if row["design"] == "unpaired":
+            assert f"{row['condition'].capitalize()}: {row['runs']} boots of each kernel" in said
+            assert f"{row['runs']}" in alts(notebook)[0]
+    assert {row["basis"] for row in handed["recovered prices"]} == {"simulated"}
+    assert "What would settle it" in said
+
+
+@pytest.mark.slow
+def test_the_series(run, page_of_notebook):
+    name = "05_the_series"
+    notebook = run(name, mix="vmcall")
+    page_of_notebook(notebook, name)
+    said, handed = text_of(notebook), result.published(notebook)
+    loops = {row["mix"]: row for row in handed["loops"]}
+    own = loops["vmcall"]
+    assert len(loops) == 13
+    assert own["measured_cycles"] == 14918 - 13189
+    spread = [plot_number(own[f"cycles_{q}"]) for q in ("p50", "p05", "p95")]
+    assert "saves {} (90 % interval {} to {})".format(*spread) in said
+    inside = sum(row["inside"] for row in loops.values())
+    assert f"inside the simulated interval on {inside}," in said
+    first, second = alts(notebook)
+    assert "{1} to {2} as simulated".format(*spread) in first
+    assert f"on {inside} of 13 loops" in second
+    steps = [row for row in handed["steps"] if row["what"] == "step"]
+    for row in steps:
+        assert f"patch {row['patches']}: {plot_number(row['cycles_mean'])} (interval" in first
+        missed = row["against_claim"] in ("above", "below")
+        middle = plot_number(row["cycles_p50"])
+        assert (f"{row['patches']} ({middle} simulated, " in said) == missed

@@ -43,6 +43,7 @@ KEEP = {
     "hw_round_trips.csv": lambda row: row["microarchitecture"] in ("Airmont", "Merom", "Skylake"),
     "l0_paths.csv": lambda row: row["path"].startswith(("reflect", "pull", "vmx_")),
     "l0_lengths.csv": lambda row: row["run"] in ("", RUN),
+    "protocol/example-simulated.csv": lambda row: row["boot"] == "1",
     **{
         name: lambda row: int(row["seq"]) < 4
         for name in schema.CSV
@@ -195,10 +196,10 @@ def test_a_row_twice_is_found(folder: Path, name: str, draw: st.DataObject) -> N
 def test_rows_of_another_length_are_all_found(folder: Path, name: str) -> None:
     cells = cells_of(folder, name)
     cells[1] = cells[1][:-1]
-    cells[3] = [*cells[3], "more"]
+    cells[-1] = [*cells[-1], "more"]
     faults = faults_with(folder, name, as_csv(cells))
     column = cells[0][-1]
-    for row in (0, 2):
+    for row in (0, -1):
         found = at(faults, name, lines_of(folder, name)[row], column)
         assert "the row has another length than the header" in [f.what for f in found]
 
@@ -648,7 +649,7 @@ CLAIMS = {
     "H": ("hold-out", "about", 14159 - 13869),
     "H2": ("hold-out", "about", 15290 - 14951),
     "H3": ("hold-out", "about", 748),
-    "I": ("fit", "at least", 1000),
+    "I": ("fit", "about", 1000),
     "J": ("fit", "no number", None),
     "K": ("hold-out", "about", 33488 - 14898),
     "L": ("hold-out", "about", 14886 - 13142),
@@ -657,6 +658,7 @@ CLAIMS = {
     "O": ("hold-out", "about", round(2037 * 2.112)),
     "O2": ("hold-out", "about", round(3970 * 2.112)),
     "P": ("hold-out", "about", 18890 - 8304),
+    "Q": ("hold-out", "about", 100),
 }
 
 

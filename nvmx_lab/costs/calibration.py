@@ -193,7 +193,8 @@ def predict(claims: Sequence[Claim], price_list: PriceList, n: int, seed: int) -
     """Return what drawn prices say of each claim: TSC cycles, float64[claims, n]."""
     drawn = price_list.sample(n, seed)
     table = weights(claims, price_list)
-    return table @ np.array([drawn[name] for name in price_list.parameters])
+    cycles: FloatArray = table @ np.array([drawn[name] for name in price_list.parameters])
+    return cycles
 
 
 def log_likelihood(

@@ -22,6 +22,9 @@ from nvmx_lab.nested.primitives import COUNTERS
 
 UNREACHED = -1
 
+MOST_STATES = 100_000
+"""Control states after which compiling gives up; a hundred is usual."""
+
 _FIRST_NEXT = {
     "VMREAD": ("vmread_first", "vmread_next"),
     "VMWRITE": ("vmwrite_first", "vmwrite_next"),
@@ -118,6 +121,12 @@ class Automaton:
 
     def _id(self, state: Control) -> int:
         if state not in self._ids:
+            if len(self.states) == MOST_STATES:
+                raise LabError(
+                    f"L0 has more than {MOST_STATES:,} control states on this stream",
+                    where=f"sync policy {self.config.sync!r}",
+                    mend="let the policy remember less: a counter must stop somewhere",
+                )
             self._ids[state] = len(self.states)
             self.states.append(state)
             self._next.append([UNREACHED] * len(self.alphabet))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nvmx_lab import data
+from nvmx_lab import data, vmcs
 from nvmx_lab.errors import LabError, unknown
 from nvmx_lab.nested.policies import SYNC_POLICIES
 
@@ -43,10 +43,22 @@ class Release:
         return "lazy" if "patch13" in self.features else "eager"
 
     @property
-    def shadow_version(self) -> str:
-        """The version of the shadow field sets in `nvmx_lab.vmcs`."""
+    def shadow_rw(self) -> frozenset[str]:
+        """The fields that L1 reads and writes without an exit."""
+        fields = vmcs.shadow_rw(self._shadow_version)
         if "patch43" in self.features:
-            return "5.3"
+            fields |= vmcs.shadow_rw("5.3") - vmcs.shadow_rw("patch13")
+        if "shadow-host-rsp" in self.features:
+            fields |= {"HOST_RSP"}
+        return fields
+
+    @property
+    def shadow_ro(self) -> frozenset[str]:
+        """The fields that L1 reads without an exit and does not write so."""
+        return vmcs.shadow_ro(self._shadow_version)
+
+    @property
+    def _shadow_version(self) -> str:
         return "patch13" if "patch08" in self.features else "5.2"
 
 

@@ -7,6 +7,7 @@ from textwrap import wrap
 from typing import Final, NamedTuple
 
 from nvmx_lab import vmcs
+from nvmx_lab.nested.architecture import Fail
 from nvmx_lab.nested.model import Nvmx, VmFail
 from nvmx_lab.nested.replay import Moment, Replay
 from nvmx_lab.nested.steps import POINTERS, said
@@ -224,7 +225,8 @@ def _arrows_of_step(replay: Replay, before: Moment | None, moment: Moment) -> li
 
 
 def _entry(moment: Moment) -> _Arrow:
-    if isinstance(moment.seen, VmFail) or moment.wrong:
+    took = isinstance(moment.seen, int) and not isinstance(moment.expected, Fail)
+    if isinstance(moment.seen, VmFail) or (moment.wrong and not took):
         return _Arrow("L0", "L1", said(moment.seen))
     if not moment.standing.in_l2:
         return _Arrow("L0", "L1", "exit of a failed entry")

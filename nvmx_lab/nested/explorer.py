@@ -288,6 +288,7 @@ def field_classes(config: Config, nvmx: type[Nvmx] = Nvmx) -> list[tuple[str, ..
             l0.is_shadow_field_rw(name),
             name in l0.tracked,
             name in l0.exit_info,
+            name in vmcs.host_state(),
             name in gated,
             frozenset(copied[name]),
         )

@@ -7,6 +7,7 @@ fields never mix is checked in passing. Exploring every state then needs no mode
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -22,8 +23,11 @@ from nvmx_lab.nested.architecture import (
 )
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.model import DYNAMIC, Control, Nvmx, Trace, Violation, VmFail
+from nvmx_lab.nested.policies import Oracle, Predictor
 from nvmx_lab.nested.steps import (
     ARGUMENTS,
+    AT_ENTRY,
+    AT_EXIT,
     ENTRY_FAILURE,
     FIELD,
     POINTERS,
@@ -38,6 +42,7 @@ from nvmx_lab.nested.steps import (
     said,
     same,
     steps,
+    takes,
 )
 
 L0_CELLS: Final = ("vmcs01", "vmcs02", "vmcs12", "shadow", "evmcs", "A", "B", "smram")
@@ -86,6 +91,8 @@ def _free_of_charge(nvmx: type[Nvmx]) -> type[Nvmx]:
 
     def make(self: Nvmx, config: Config) -> None:
         nvmx.__init__(self, config)
+        if isinstance(self.policy, Predictor):
+            self.policy = Oracle()  # which exits go either way: every guess that there can be
         self.resolved_paths = {
             path: tuple(row for row in rows if row.copies_vmcs12)
             for path, rows in self.resolved_paths.items()
@@ -99,12 +106,13 @@ def _free_of_charge(nvmx: type[Nvmx]) -> type[Nvmx]:
 
 
 class _Kind(NamedTuple):
-    """What the architecture knows of a field, its name apart: see `Tracked`."""
+    """What the architecture knows of a field, its name apart: see `Tracked`; when it is taken."""
 
     role: str
     in_smram: bool
     entry_failure: bool
     after_rsm: bool
+    taken: str = ""
 
 
 _NO_KIND: Final = _Kind("written", in_smram=False, entry_failure=False, after_rsm=True)
@@ -159,13 +167,18 @@ _Change = tuple[int, str, object]
 
 
 class _Effect(NamedTuple):
-    """What one step does to L0: where it leads, what moves, the answer, what is wrong."""
+    """What one step does to L0: where it leads, what moves, the answer, what is wrong.
+
+    And what the CPU takes without being asked (`takes`): when, and the host state.
+    """
 
     after: int
     moved: _Moved
     moved_own: _Moved
     seen: object
     fault: str
+    takes: str = ""
+    host_state: Mapping[str, object] = {}  # noqa: RUF012 - a named tuple's default
 
     def moves(self, name: str, *, own: bool) -> bytes:
         """Return the sources of a field's cells; `own`: the step is about the field."""
@@ -303,6 +316,7 @@ class Flows:
             if cell not in POINTERS:
                 setattr(l0, cell, dict(self._marks[cell]))
         l0.trace = Trace()
+        l0.host_state = {}
 
     def _effect(self, l0: Nvmx, place: Place, step: Step) -> _Effect:
         self._put(l0, place)
@@ -322,7 +336,8 @@ class Flows:
             frozenset(p for p, (_, launched) in l0.memory.items() if launched),
             standing,
         )
-        return _Effect(self._id(after), moved, own, seen, "")
+        took = "" if isinstance(seen, VmFail) else takes(step, place.standing, standing)
+        return _Effect(self._id(after), moved, own, seen, "", took, l0.host_state)
 
     def _moves(self, l0: Nvmx, step: Step) -> tuple[_Moved, _Moved]:
         """Compare L0 with how `_put` left it: other fields, and the one that the step is about."""
@@ -426,9 +441,11 @@ class Flows:
             for step, effect in effects
             if step.arg not in fields
         }
-        groups: dict[tuple[bytes, ...], list[str]] = {}
+        loaded = [e.host_state for effects in self._effects for _, e in effects if e.host_state]
+        groups: dict[tuple[object, ...], list[str]] = {}
         for name in fields:
-            key = tuple(each.moves.get(name, UNMOVED) for each in moved)
+            of_exits = frozenset(self._source(state.get(name)) for state in loaded)
+            key = (of_exits, *(each.moves.get(name, UNMOVED) for each in moved))
             groups.setdefault(key, []).append(name)
         return [tuple(group) for group in groups.values()]
 
@@ -442,6 +459,7 @@ class Flows:
             name in vmcs.saved_in_smram(),
             name in ENTRY_FAILURE,
             name not in UNKNOWN_AFTER_RSM,
+            taken(name, self.config),
         )
         table = []
         for place, effects in zip(self.places, self._effects, strict=True):
@@ -455,10 +473,37 @@ class Flows:
                 if own and isinstance(effect.seen, int) and not isinstance(truth, Fail | None):
                     seen = (self._source(effect.seen), self._source(truth))
                 moved = effect.moves(name, own=own)
+                if effect.takes and effect.takes == kind.taken:
+                    got = moved[L0_CELLS.index("vmcs02")]
+                    if kind.taken == AT_EXIT:
+                        got = self._source(effect.host_state.get(name))
+                    seen = (got, moves[CELLS.index("page")])
                 flow = Flow(effect.after, moved + moves, seen, effect.fault)
                 flows.setdefault(flow, step)
             table.append([(step, flow) for flow, step in flows.items()])
         return table
+
+
+@functools.cache
+def taken(name: str, config: Config) -> str:
+    """Return when the CPU takes the field from the VMCS without being asked: see `takes`.
+
+    At entry: what L0 copies to vmcs02 as it is, if only L1 writes it. Controls that L0 merges with
+    its own, or writes only if they changed, are not followed in vmcs02.
+    """
+    if name in vmcs.host_state():
+        return AT_EXIT
+    l0 = Nvmx(config)
+    copied = {
+        access.field
+        for path, rows in l0.resolved_paths.items()
+        if path.startswith("prepare_vmcs02")
+        for row in rows
+        if row.copies_vmcs12
+        for access in row.accesses
+    }
+    only_by_l1 = role(name, config) == "written"
+    return AT_ENTRY if only_by_l1 and name in copied - gated_by_a_write(l0) else ""
 
 
 def _swapped(one: _Effect, other: _Effect, name: str, first: str) -> bool:

@@ -12,7 +12,7 @@ all of its reachable values.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,6 +41,9 @@ NO_SKIP = frozenset(
     {"EXTERNAL_INTERRUPT", "EPT_VIOLATION", "EPT_MISCONFIG", "DR_ACCESS", "IO_INSTRUCTION"}
 )
 """L1 exits after which L0 skips no instruction, or whose path already holds the skip."""
+
+CONSUMES_RARE = frozenset({"VM_ENTRY_CONTROLS"})
+"""Fields whose VMWRITE makes an entry check read a rare field: load-BNDCFGS and GUEST_BNDCFGS."""
 
 EXIT_INFO = "exit-info(read-only)"
 VM_FAIL_FIELD = "VM_INSTRUCTION_ERROR"
@@ -233,8 +236,8 @@ class Nvmx:
         self.memory: dict[str, tuple[Vmcs, bool]] = {}  # vmptr -> (vmcs12, launched)
         self.smram: Vmcs = {}
         self.entry_failure: Vmcs = {}  # exit information of an entry that fails late
+        self.host_state: Vmcs = {}  # HOST_ fields, as the last exit to L1 loaded them
         self.current_vmptr: str | None = None
-        version = config.kvm.shadow_version
         absent = {
             f.name
             for f in vmcs.catalogue().values()
@@ -242,7 +245,7 @@ class Nvmx:
             and not getattr(config, f.requires)
         }
         order = vmcs.catalogue()
-        rw, ro = vmcs.shadow_rw(version), vmcs.shadow_ro(version)
+        rw, ro = config.kvm.shadow_rw, config.kvm.shadow_ro
         self._shadow_rw_of_kvm = rw
         self.shadow_rw = tuple(n for n in order if n in rw - absent)
         self.shadow_ro = tuple(n for n in order if n in ro - absent)
@@ -327,14 +330,16 @@ class Nvmx:
             loaded = self.control.loaded
             self._set(controls_written=self.control.controls_written | {loaded})
 
-    def _run(self, path: str) -> None:
-        """Execute a straight path of ``data/l0_paths.csv``."""
+    def _run(self, path: str, left_out: Collection[str] = ()) -> None:
+        """Execute a straight path of ``data/l0_paths.csv``, but for accesses of these fields."""
         for row in self.resolved_paths[path]:
             if not self.holds(row.condition):
                 continue
             if row.not_in_logs:
                 self._stretch("single_access", len(row.accesses))
             for access in row.accesses:
+                if access.field in left_out:
+                    continue
                 if access.op == "VMREAD":
                     value = self._vmread(access.field, access.function)
                     if row.copies_vmcs12:
@@ -384,17 +389,20 @@ class Nvmx:
         self.trace.pulls += 1
         self._stretch("pull")
 
-    def copy_one_rare_field(self, name: str) -> None:
-        """Fetch only the field that L1 reads; the flag stays."""
-        if not self.control.need_sync_vmcs02_to_vmcs12_rare or name not in self.rare:
+    def copy_some_rare_fields(self, names: Collection[str], *, last: bool = False) -> None:
+        """Fetch only these rare fields; the flag stays, unless they are the `last` ones missing."""
+        wanted = [name for name in self.rare if name in names]
+        if not self.control.need_sync_vmcs02_to_vmcs12_rare or not wanted:
             return
         self._switch_vmcs("vmcs02", "pull.switch")
-        self.vmcs12[name] = self._vmread(name, "sync_vmcs02_to_vmcs12_rare")
-        self.trace.rare_vmreads += 1
+        for name in wanted:
+            self.vmcs12[name] = self._vmread(name, "sync_vmcs02_to_vmcs12_rare")
+        self.trace.rare_vmreads += len(wanted)
         self._switch_vmcs("vmcs01", "pull.switch")
         self.trace.pulls += 1
-        self._stretch("rare_field")
+        self._stretch("rare_field", len(wanted))
         self._stretch("pull")
+        self._set(need_sync_vmcs02_to_vmcs12_rare=not last)
 
     def rare_fields_stay(self, reason: str, *, foreseen: bool) -> bool:
         """Return whether the rare fields stay in vmcs02 at this exit.
@@ -518,6 +526,7 @@ class Nvmx:
         """Load L1's host state; `tell`: the shadow VMCS must follow vmcs12 before L1 runs."""
         if tell and (self.config.shadow_vmcs or self.config.evmcs):
             self._set(need_vmcs12_to_shadow_sync=True)
+        self.host_state = {name: self.vmcs12.get(name, 0) for name in vmcs.host_state()}
         self._run("load_vmcs12_host_state")
 
     def vmx_vcpu_run(self, enter: str, registers: str | None) -> None:
@@ -680,7 +689,8 @@ class Nvmx:
         known = vmcs.field(name).in_vmcs12
         if self.has("validate-first") and not known:
             return VmFail(12)
-        self.policy.before_vmwrite(self, name)
+        if self.vmwrite_may_pull(name):
+            self.policy.before_vmwrite(self, name)
         if not known:
             return VmFail(12)
         if self.has("patch08") and name.startswith("GUEST_") and name.endswith("_AR_BYTES"):
@@ -692,8 +702,18 @@ class Nvmx:
                 self._copy_with_shadow_loaded(
                     "handle_vmwrite", (name,), self._write_shadow_field_of_vmwrite
                 )
-            self._set(dirty_vmcs12=True)
+            # L1's host state never reaches vmcs02: an exit loads it from vmcs12.
+            if not (self.has("clean-host-writes") and name in vmcs.host_state()):
+                self._set(dirty_vmcs12=True)
         return None
+
+    def vmwrite_may_pull(self, name: str) -> bool:
+        """Return whether a trapped VMWRITE asks the sync policy; every release of KVM does."""
+        if self.has("no-pull-host-writes") and name in vmcs.host_state():
+            return False
+        if self.has("no-pull-unchecked-writes"):
+            return vmcs.is_rare(name) or name in CONSUMES_RARE
+        return True
 
     def _write_shadow_field_of_vmwrite(self, name: str) -> None:
         self._emit("VMWRITE", name, "handle_vmwrite")
@@ -868,9 +888,13 @@ class Nvmx:
 
     def nested_vmx_enter_non_root_mode(self, fails: str = "") -> None:
         """Switch to vmcs02 and bring it up to date from vmcs12; `fails` as in `nested_vmx_run`."""
+        if not self.config.evmcs:  # as at the exit
+            self.policy.at_entry(self)
         self._run("nested_vmx_enter")
         self._set(guest_mode=True)
         self._switch_vmcs("vmcs02", "vmx_switch_vmcs")
+        if self.has("pull-at-dirty-entry") and self._dirty_and_unpulled():
+            self.sync_vmcs02_to_vmcs12_rare()
         self.prepare_vmcs02(whole=fails != "guest-state")
         if fails:
             self._fail_entry()
@@ -892,12 +916,23 @@ class Nvmx:
         self._run("prepare_vmcs02_early")
         self._run("nested_get_vmcs12_pages")
         if whole:
-            self._run("prepare_vmcs02_rare")
+            self.prepare_vmcs02_rare()
             self._run("prepare_vmcs02")
             for name in ("GUEST_RSP", "GUEST_RIP"):  # in the register cache until L2 is entered
                 self.vmcs02[name] = self.vmcs12.get(name, 0)
             self._set(dirty_vmcs12=False, evmcs_groups=frozenset())
         self._set(written=frozenset())
+
+    def prepare_vmcs02_rare(self) -> None:
+        """Write what only a dirty vmcs12 changes."""
+        left_out: Sequence[str] = ()
+        if self.has("skip-rare-at-entry") and self._dirty_and_unpulled():
+            left_out = self.rare
+            self._stretch("single_access", -len(left_out))
+        self._run("prepare_vmcs02_rare", left_out)
+
+    def _dirty_and_unpulled(self) -> bool:
+        return self.control.dirty_vmcs12 and self.control.need_sync_vmcs02_to_vmcs12_rare
 
     def _run_l2(self) -> None:
         """Enter L2 for the first time since its VM-entry was emulated."""

@@ -379,7 +379,7 @@ class _PullAtEveryVmread(SyncPolicy):
 class _OneFieldClearsTheFlag(SyncPolicy):
     def before_vmread(self, l0: Nvmx, name: str) -> None:
         if vmcs.is_rare(name):
-            l0.copy_one_rare_field(name)
+            l0.copy_some_rare_fields((name,))
             l0._set(need_sync_vmcs02_to_vmcs12_rare=False)
 
 

@@ -24,10 +24,11 @@ from nvmx_lab.nested.architecture import (
     role,
 )
 from nvmx_lab.nested.config import Config
-from nvmx_lab.nested.flows import L0_CELLS
+from nvmx_lab.nested.flows import L0_CELLS, taken
 from nvmx_lab.nested.model import Control, Nvmx, Trace, Violation, VmFail
 from nvmx_lab.nested.search import FOREIGN, L1S, OTHER, STALE, UNINITIALISED
 from nvmx_lab.nested.steps import (
+    AT_EXIT,
     ENTRY_FAILURE,
     POINTERS,
     Step,
@@ -37,6 +38,7 @@ from nvmx_lab.nested.steps import (
     possible,
     said,
     same,
+    takes,
 )
 
 FIRST_VALUE: Final = 16  # above every VM-instruction error, and no reserved bit of any field
@@ -197,6 +199,7 @@ def replay(config: Config, steps: Sequence[Step], field: str, nvmx: type[Nvmx] =
             return new
 
         l0.trace = trace = Trace()
+        before = truth.standing
         expected = apply_to_architecture(step, truth, tracked, fresh)
         seen, fault = None, ""
         try:
@@ -206,6 +209,10 @@ def replay(config: Config, steps: Sequence[Step], field: str, nvmx: type[Nvmx] =
         about_it = step.arg == field or isinstance(seen, VmFail) or isinstance(expected, Fail)
         if not about_it or (expected is None and not isinstance(seen, VmFail)):
             seen = expected = None
+        took = "" if fault or isinstance(seen, VmFail) else takes(step, before, truth.standing)
+        if took and took == taken(field, config) and _known(truth.cells["page"]) is not None:
+            expected = truth.cells["page"]
+            seen = (l0.host_state if took == AT_EXIT else l0.vmcs02).get(field, 0)
         moment = Moment(
             step,
             {cell: _value(l0, cell, field) for cell in L0_CELLS},

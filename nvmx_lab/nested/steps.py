@@ -26,6 +26,9 @@ ENTRIES: Final = ("", "fails:controls", "fails:guest-state", "fails:msr-load", "
 SHAPES: Final = ("off", "on", "L1", "L2")
 FORESEEN: Final = ("CPUID", "HLT")
 USUAL_REASONS: Final = ("CPUID", "HLT", "IO_INSTRUCTION", "EPT_MISCONFIG", "EXTERNAL_INTERRUPT")
+AT_EXIT, AT_ENTRY = "at exit", "at entry"
+"""When the CPU takes a field without an instruction of L1 or L2: see `takes`."""
+
 FIELD: Final = "field"
 REASON: Final = "exit reason"
 
@@ -337,6 +340,31 @@ def apply_to_architecture(
             if arg == "L2":
                 truth.load()
     return seen
+
+
+def takes(step: Step, before: Standing, after: Standing) -> str:
+    """Return which fields the CPU takes from the VMCS in this step.
+
+    Parameters
+    ----------
+    step : Step
+        A step that L0 did not refuse.
+    before, after : Standing
+        Where L1 stands before and after it.
+
+    Returns
+    -------
+    str
+        `AT_EXIT`: the host state, with which L1 goes on after an exit or an entry that fails late.
+        `AT_ENTRY`: the controls under which L2 runs. Empty: nothing.
+    """
+    entry = step.word in ("VMLAUNCH", "VMRESUME")
+    if step.word == "EXIT":
+        return AT_EXIT
+    if entry and after.in_l2 and not before.in_l2:
+        return "" if step.arg == "halted" else AT_ENTRY
+    late = step.arg.startswith("fails:") and step.arg != "fails:controls"
+    return AT_EXIT if entry and late and after.current is not None else ""
 
 
 def said(answer: object) -> str:

@@ -73,11 +73,10 @@ def headline(replay: Replay) -> str:
         return f"{l0}: {last.fault}"
     if replay.wrong not in _KINDS:
         return f"{l0}: {replay.wrong}"
-    who = "L2" if last.step.word == "L2_READ" else "L1"
     what = f"{_KINDS[replay.wrong]} {replay.field}"
-    if replay.wrong == L1S and who == "L2":
+    if replay.wrong == L1S and last.step.word == "L2_READ":
         what = f"L1's {replay.field}"
-    return f"{l0}: {who} sees {what}{_on_the_target(replay)}"
+    return f"{l0}: {_observes(last)} {what}{_on_the_target(replay)}"
 
 
 def value_name(replay: Replay, value: int | None) -> str:
@@ -116,6 +115,14 @@ def _options(replay: Replay) -> list[str]:
         if isinstance(value, bool) and value != getattr(usual, option.name):
             named.append(f"{'' if value else 'no '}{option.name}")
     return named
+
+
+def _observes(moment: Moment) -> str:
+    """Say who meets the value, and how."""
+    ways = {"L2_READ": "L2 sees", "EXIT": "L1 goes on with"}
+    if moment.step.arg.startswith("fails:"):
+        return ways["EXIT"]
+    return ways.get(moment.step.word, "L2 runs under" if moment.standing.in_l2 else "L1 sees")
 
 
 def _on_the_target(replay: Replay) -> str:
@@ -377,9 +384,11 @@ def _verdict(replay: Replay) -> str:
         return f"Wrong{where}, whatever the values: {last.fault}."
     if replay.wrong not in _VERDICTS:
         return f"Wrong{where}: {replay.wrong}."
-    who = "L2" if last.step.word == "L2_READ" else "L1"
     seen, expected = (value_name(replay, _number(v)) for v in (last.seen, last.expected))
-    return f"Wrong{where}: {who} sees {seen}; it should see {expected}. {_VERDICTS[replay.wrong]}"
+    who, _, does = _observes(last).partition(" ")
+    should = {"sees": "see", "goes on with": "go on with", "runs under": "run under"}[does]
+    said_so = f"{who} {does} {seen}; it should {should} {expected}"
+    return f"Wrong{where}: {said_so}. {_VERDICTS[replay.wrong]}"
 
 
 def _number(value: object) -> int | None:
@@ -426,6 +435,6 @@ def _holders(moment: Moment, value: object, *, rare: bool) -> list[str]:
 def _read_cell(moment: Moment) -> str:
     if moment.step.word == "EVMCS_READ":
         return "evmcs"
-    if moment.step.word == "L2_READ":
+    if moment.standing.in_l2:  # L2 reads, or an entry took it
         return "vmcs02"
     return "shadow" if moment.trace.l1_vmreads else "vmcs12"

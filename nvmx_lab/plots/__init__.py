@@ -7,19 +7,34 @@ plot shows itself when it is the value of a cell.
 >>> plots.comparison(nx.compare("cpuid").to_frame())  # doctest: +SKIP
 """
 
+from nvmx_lab.plots.break_even import break_even_rates, saving_over_rate
+from nvmx_lab.plots.claims import against_claims, prices
 from nvmx_lab.plots.cycles import breakdown, published_totals
 from nvmx_lab.plots.figure import Plot, show
+from nvmx_lab.plots.kernel_stack import fixes, pulls_by_cause, saving_with_and_without
+from nvmx_lab.plots.power import detectable
 from nvmx_lab.plots.savings import comparison, pull_rate, saving_intervals
 from nvmx_lab.plots.sequence import sequence, svg
+from nvmx_lab.plots.series import series_loops, waterfall
 
 __all__ = [
     "Plot",
+    "against_claims",
+    "break_even_rates",
     "breakdown",
     "comparison",
+    "detectable",
+    "fixes",
     "published_totals",
+    "prices",
     "pull_rate",
+    "pulls_by_cause",
     "saving_intervals",
+    "saving_over_rate",
+    "saving_with_and_without",
     "sequence",
+    "series_loops",
     "show",
     "svg",
+    "waterfall",
 ]

@@ -73,12 +73,8 @@ def prices(frame: pd.DataFrame) -> Plot:
     axes.set_xscale("log")
     axes.set_xlabel("price, TSC cycles; cpi: TSC cycles per instruction (median, 90 % interval)")
     _explain(figure, axes, fits)
-    by = frame.set_index(["fit", "parameter"])
-    said = []
-    for fit in fits:
-        if (fit, "vmread_next") in by.index:
-            row = by.loc[(fit, "vmread_next")]
-            said.append(f"{row['cycles_p50']:.1f} {_FITS[fit][2]}")
+    of_next = frame[frame["parameter"] == "vmread_next"].set_index("fit")["cycles_p50"]
+    said = [f"{of_next[fit]:.1f} {_FITS[fit][2]}" for fit in fits if fit in of_next.index]
     entitle(figure, f"A VMREAD right behind another, in cycles: {', '.join(said)}")
     lines = [
         f"{row['parameter']}, {_FITS[row['fit']][2]}: {row['cycles_p50']:.3g} "

@@ -288,7 +288,7 @@ def pull_rate(frame: pd.DataFrame) -> Plot:
     axes.set_xlabel("nested exits after which L0 pulls the rare fields, %")
     axes.set_ylabel("round-trip saving per nested exit,\nTSC cycles (5 to 95 %)")
     axes.legend(title="verdict (mixes)", loc="upper right", bbox_to_anchor=(1, 0.99), frameon=False)
-    _label_between(axes, frame, float(even.max()) if len(even) else None)
+    label_between(axes, frame, float(even.max()) if len(even) else None)
     finding = _finding_of_pulls(frame)
     entitle(figure, finding)
     most, least = _ends(frame, "pulls_share")
@@ -425,8 +425,10 @@ def _of(some: int, whole: int, verb: str) -> str:
     return f"{some} of {whole} mixes {verb}"
 
 
-def _label_between(axes: Axes, frame: pd.DataFrame, even: float | None) -> None:
+def label_between(axes: Axes, frame: pd.DataFrame, even: float | None) -> None:
     """Name the mixes that stand apart: those neither at the left edge nor at the right one.
+
+    The axes span the figure, from 0 to 100 %; `frame` is as `pull_rate` takes.
 
     A name that would lie on another makes way, up on the left and down on the right: as the marks
     descend from left to right, no line to a mark then crosses another.
@@ -455,6 +457,7 @@ def _label_between(axes: Axes, frame: pd.DataFrame, even: float | None) -> None:
             ha="right" if leftwards else "left",
             va="center",
             fontsize=9,
+            bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.3},
             arrowprops={
                 "arrowstyle": "-",
                 "color": GREY,

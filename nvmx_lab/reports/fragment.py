@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element
 
 BADGES: Final = (
     *("simulated", "executed", "published", "published-code"),
-    *("calibrated", "assumed"),
+    *("measured", "calibrated", "assumed"),
 )
 """Where a number comes from; a span of class "badge" and one of these is a provenance badge."""
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvmx_lab.costs import prices
-from nvmx_lab.costs.pricing import interval, price, unpriced
+from nvmx_lab.costs.pricing import interval, price
 from nvmx_lab.errors import LabError
 from nvmx_lab.nested import config
 from nvmx_lab.nested.primitives import COUNTERS
-from nvmx_lab.study.simulate import P, Simulated, reader_and_pull_counts, simulate_mix
+from nvmx_lab.study.pulls import break_even
+from nvmx_lab.study.simulate import P, Simulated, simulate_mix
 from nvmx_lab.workload.mixes import Mix
 
 if TYPE_CHECKING:
@@ -310,7 +311,7 @@ def priced(
         for k, s in enumerate(simulated)
     )
     vmreads = [side.counts["vmread"] / exits for side in sides]
-    even = break_even(simulated[-1], drawn)
+    even = break_even(simulated[-1].config, drawn)
     return Comparison(
         mix=mix.name,
         title=mix.title,
@@ -332,22 +333,6 @@ def priced(
         left_out=cycles.left_out,
         evmcs=mix.host.evmcs,
     )
-
-
-def break_even(simulated: Simulated, drawn: prices.Draws) -> tuple[float, float, float] | None:
-    """Return the share of exits with a pull at which a lazy sync saves nothing: p05, p50, p95.
-
-    The saving is the rare reader that an eager L0 runs at each exit, the price a whole pull; both
-    in the release of `simulated`. None where nothing is ever pulled (enlightened VMCS), or a pull
-    has no price.
-    """
-    reader, pull = reader_and_pull_counts(simulated.config)
-    counts = np.array([reader[:P], pull[:P]])
-    if not counts.any() or unpriced(counts, drawn):
-        return None
-    both = price(counts, drawn).values
-    low, middle, high = np.quantile(np.minimum(both[0] / both[1], 1.0), (0.05, 0.5, 0.95))
-    return float(low), float(middle), float(high)
 
 
 def verdict(saving: Mapping[str, float]) -> str:

@@ -26,6 +26,7 @@ from nvmx_lab.nested.counterexample import Counterexample, load
 from nvmx_lab.nested.explorer import ENVIRONMENTS, Exploration, Finding, explore
 from nvmx_lab.nested.model import Nvmx
 from nvmx_lab.nested.replay import Replay, replay
+from nvmx_lab.nested.search import WRONG_VALUES
 from nvmx_lab.nested.steps import ARGUMENTS
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ class Judged:
     @property
     def who(self) -> str:
         """Who sees the wrong value."""
-        observer = "L2" if self.finding.steps[-1].word.startswith("L2_") else "L1"
+        last = self.finding.steps[-1]
+        entered = last.word in ("VMLAUNCH", "VMRESUME") and not last.arg  # under a wrong control
+        of_l2 = last.word.startswith("L2_") or (entered and self.finding.wrong in WRONG_VALUES)
+        observer = "L2" if of_l2 else "L1"
         migrated = any(step.word == "MIGRATE" for step in self.finding.steps)
         return f"{observer}, after migration" if migrated else observer
 

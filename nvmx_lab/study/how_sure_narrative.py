@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nvmx_lab.costs.calibration import FITS, Calibration
 from nvmx_lab.costs.claims import TARGET, claim
@@ -99,7 +99,7 @@ def held_out(frame: pd.DataFrame, fit: str) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for _, row in frame[(frame["fit"] == fit) & ~frame["used"]].iterrows():
+    for row in _rows(frame[(frame["fit"] == fit) & ~frame["used"]]):
         rows.append(
             {
                 "claim": row["claim"],
@@ -129,7 +129,7 @@ def fitted(frame: pd.DataFrame, fit: str) -> pd.DataFrame:
             "after the fit": _span(row, "cycles_p05", "cycles_p50", "cycles_p95"),
             "verdict": row["verdict"].split(",")[0],
         }
-        for _, row in frame[(frame["fit"] == fit) & frame["used"]].iterrows()
+        for row in _rows(frame[(frame["fit"] == fit) & frame["used"]])
     ]
     return pd.DataFrame(rows).set_index("claim")
 
@@ -148,7 +148,7 @@ def savings(frame: pd.DataFrame) -> pd.DataFrame:
             if row["rests_on_the_claim"]
             else "no: predicted",
         }
-        for _, row in frame.iterrows()
+        for row in _rows(frame)
     ]
     return pd.DataFrame(rows).set_index("prices")
 
@@ -167,7 +167,7 @@ def of_one_constant(frame: pd.DataFrame) -> str:
     parts = [
         f"{row['claim']} ({row['description']}: stated {row['stated_cycles']:.0f}, predicted "
         f"{row['cycles_p50']:.0f})"
-        for _, row in rows[rows["claim"].isin(more)].iterrows()
+        for row in _rows(rows[rows["claim"].isin(more)])
     ]
     return (
         "**One constant per VMREAD fails.** To meet the patch's claim it must be so low that it "
@@ -189,7 +189,7 @@ def of_contradictions(frame: pd.DataFrame, fit: str = "with-claim") -> str:
         "interval so wide that it tests little."
     )
     lines = [
-        f"* **{row['claim']}**, {row['description']}: {_why(row)}." for _, row in outside.iterrows()
+        f"* **{row['claim']}**, {row['description']}: {_why(row)}." for row in _rows(outside)
     ]
     return text + ("\n\n" + "\n".join(lines) if lines else "")
 
@@ -213,19 +213,16 @@ def answer(
     sensitivity
         `nvmx_lab.study.sensitivity.sensitivity` with prices made without the claim.
     """
-    by = frame.set_index(["fit", "claim"])
-    blind = by.loc[("blind", TARGET)]
-    price = prices.set_index(["fit", "parameter"])
-    next_without, next_with = (
-        price.loc[(fit, "vmread_next")] for fit in ("blind", "with-claim")
-    )
+    (blind,) = (r for r in _rows(frame) if (r["fit"], r["claim"]) == ("blind", TARGET))
+    by = {(row["fit"], row["parameter"]): row for row in _rows(prices)}
+    next_without, next_with = (by[fit, "vmread_next"] for fit in ("blind", "with-claim"))
     ratio = blind["cycles_p50"] / blind["stated_cycles"]
     inside = blind["verdict"] != "outside"
     tested = frame[
         (frame["fit"] == "with-claim") & ~frame["used"] & (frame["verdict"] != "no prediction")
     ]
     outside = tested[tested["verdict"] == "outside"]
-    leader = sensitivity.sort_values("total", ascending=False).iloc[0]
+    leader = max(_rows(sensitivity), key=lambda row: row["total"])
     ok = all(c.convergence.ok for c in calibrations.values())
     return "\n\n".join(
         [
@@ -239,7 +236,7 @@ def answer(
             f"**Held out, {len(tested) - len(outside)} of {len(tested)} claims agree and "
             f"{len(outside)} contradict** ({_ids(outside['claim'])}). "
             + ("" if outside.empty else "The contradictions count as much as the agreement: ")
-            + "; ".join(f"{row['claim']} is {_why(row)}" for _, row in outside.iterrows())
+            + "; ".join(f"{row['claim']} is {_why(row)}" for row in _rows(outside))
             + ("." if not outside.empty else ""),
             of_one_constant(frame),
             f"**What moves the answer most** is `{leader['input']}`: {leader['total']:.0%} of the "
@@ -259,7 +256,11 @@ def answer(
     ).strip()
 
 
-def _meaning(row: pd.Series) -> str:
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+def _meaning(row: Mapping[str, Any]) -> str:
     """Say what a verdict means, in a few words."""
     match row["verdict"]:
         case "no prediction":
@@ -271,34 +272,34 @@ def _meaning(row: pd.Series) -> str:
     return _why(row)
 
 
-def _why(row: pd.Series) -> str:
+def _why(row: Mapping[str, Any]) -> str:
     times = row["times_stated"]
     said = f"{times:.1f} times too high" if times > 1 else f"{1 / times:.1f} times too low"
     return f"predicted {said} ({row['cycles_p50']:,.0f} for {row['stated_cycles']:,.0f} cycles)"
 
 
-def _stated(row: pd.Series) -> str:
+def _stated(row: Mapping[str, Any]) -> str:
     if row["stated_cycles"] != row["stated_cycles"]:
         return "no number"
     least = "at least " if row["at_least"] else ""
     return f"{least}{row['stated_cycles']:,.5g}"
 
 
-def _span(row: pd.Series, low: str, middle: str, high: str) -> str:
+def _span(row: Mapping[str, Any], low: str, middle: str, high: str) -> str:
     if row[middle] != row[middle]:
         return "\N{EN DASH}"
     text = f"{row[middle]:,.0f} ({row[low]:,.0f} to {row[high]:,.0f})"
     return text.replace(" ", _SPACE).replace("-", "\N{MINUS SIGN}")
 
 
-def _ends(row: pd.Series) -> str:
+def _ends(row: Mapping[str, Any]) -> str:
     if row["low_cycles"] != row["low_cycles"]:
         return "\N{EN DASH}"
     text = f"{row['low_cycles']:,.0f} to {row['high_cycles']:,.0f}"
     return text.replace(" ", _SPACE).replace("-", "\N{MINUS SIGN}")
 
 
-def _price(row: pd.Series) -> str:
+def _price(row: Mapping[str, Any]) -> str:
     return (
         f"{row['cycles_p50']:.1f} ({row['cycles_p05']:.1f} to {row['cycles_p95']:.1f})"
     ).replace(" ", _SPACE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.model import Nvmx, Trace
 from nvmx_lab.nested.ops import Kind, Operation
 from nvmx_lab.nested.primitives import COUNTERS, PRIMITIVES
+from nvmx_lab.study.walks import compiled, marked
 from nvmx_lab.workload import mixes
 from nvmx_lab.workload.mixes import Mix
 from nvmx_lab.workload.streams import Stream
@@ -25,7 +27,6 @@ from nvmx_lab.workload.streams import Stream
 Float64 = npt.NDArray[np.float64]
 _SHOW_PROGRESS_FROM = 200_000_000  # words; fewer take less than two seconds
 _L1_INSTRUCTIONS = COUNTERS.index("l1_instructions")
-_PULLS = COUNTERS.index("pulls")
 P = len(PRIMITIVES)
 
 
@@ -43,6 +44,10 @@ class Simulated:
         Counts of the whole run, in `COUNTERS` order, by the operation that caused them.
     exits_that_pull : int
         Exits after which L0 pulled at least once before the next.
+    expected_pulls_share : float
+        Share of the exits that pull, by the probabilities of the stream's words: without what
+        drawing them adds. Whether a word pulls is a property of the word (see `foresee`); not where
+        a predictor learns from the words before it: there it is the share as drawn.
     l1_instructions : float
         Instructions that L1 retires, whole run.
     automaton : Automaton
@@ -55,6 +60,7 @@ class Simulated:
     exits: int
     by_operation: dict[Operation, Float64] = field(repr=False)
     exits_that_pull: int
+    expected_pulls_share: float
     l1_instructions: float
     automaton: Automaton = field(repr=False)
     pairs: npt.NDArray[np.int64] = field(repr=False)
@@ -105,20 +111,13 @@ def foresee(stream: Stream, config: Config) -> Stream:
     A pull needs an operation of L1 between the exit and the entry, so whether one comes is a
     property of the word; the mark is ``+pull`` behind the exit reason.
     """
-    lazy = Automaton(config.with_sync("lazy"), stream.alphabet)
-    words = [stream.words[w].tolist() for w in range(len(stream.words))]
-    lazy.visit_words(words)
-    lifted = run.lift(lazy, stream.words.offsets, stream.words.codes)
-    counts = run.counts_of_word(lazy, lifted, stream.words.offsets, stream.words.codes)
-    pulls = counts[:, :, _PULLS].max(axis=0) > 0
-    marked = {
-        op: Operation(Kind.EXIT, f"{op.arg}+pull") for op in stream.alphabet if op.kind is Kind.EXIT
-    }
-    alphabet = (*stream.alphabet, *marked.values())
+    pulls = compiled(config.with_sync("lazy"), stream).pulls.any(axis=0)
+    marks = {op: marked(op) for op in stream.alphabet if op.kind is Kind.EXIT}
+    alphabet = (*stream.alphabet, *marks.values())
     codes = stream.words.codes.copy()
     for w in np.flatnonzero(pulls):
         first = stream.words.offsets[w]
-        codes[first] = alphabet.index(marked[stream.alphabet[codes[first]]])
+        codes[first] = alphabet.index(marks[stream.alphabet[codes[first]]])
     return replace(stream, alphabet=alphabet, words=replace(stream.words, codes=codes))
 
 
@@ -145,14 +144,9 @@ def simulate(
         raise LabError("nothing to simulate", where="configs", got="none")
     if any(config.sync == "oracle" for config in configs):
         stream = foresee(stream, configs[0])
-    offsets, codes = stream.words.offsets, stream.words.codes
-    words = [stream.words[w].tolist() for w in range(len(stream.words))]
-    automata = [Automaton(config, stream.alphabet) for config in configs]
-    for automaton in automata:
-        automaton.visit_words(words)
-    lifted = [run.lift(automaton, offsets, codes) for automaton in automata]
+    walks = [compiled(config, stream) for config in configs]
     with _progress(stream) as advance:
-        seen = run.visits(stream, lifted, advance)
+        seen = run.visits(stream, [walk.walked for walk in walks], advance)
     l1 = stream.words.l1_instructions
     of_word = seen[0].sum(axis=0)
     if np.isnan(l1[of_word > 0]).any() and not allow_unknown:
@@ -163,21 +157,27 @@ def simulate(
         )
     l1_instructions = float(np.nansum(of_word * np.where(of_word > 0, l1, 0)))
     out = []
-    for config, automaton, item, visits in zip(configs, automata, lifted, seen, strict=True):
-        pairs = run.pair_visits(automaton, item, visits, offsets, codes)
+    for config, walk, visits_of_walk in zip(configs, walks, seen, strict=True):
+        automaton, words = walk.automaton, walk.words
+        visits = walk.own_visits(visits_of_walk)
+        pairs = run.pair_visits(automaton, walk.lifted, visits, words.offsets, words.codes)
         by_operation = {}
         vectors, ids = automaton.counts, automaton.count_id
         for code in np.flatnonzero(pairs.sum(axis=0)):
             states = np.flatnonzero(pairs[:, code])
-            by_operation[stream.alphabet[code]] = pairs[states, code] @ vectors[ids[states, code]]
-        of_words = run.counts_of_word(automaton, item, offsets, codes)
-        pulling = int(visits[of_words[:, :, _PULLS] > 0].sum())
+            operation = automaton.alphabet[code]
+            by_operation[operation] = pairs[states, code] @ vectors[ids[states, code]]
+        pulling = int(visits[walk.pulls].sum())
+        expected = pulling / stream.exits
+        if not walk.learns:
+            expected = float(stream.probability[walk.pulls.any(axis=0)].sum())
         out.append(
             Simulated(
                 config=config,
                 exits=stream.exits,
                 by_operation=by_operation,
                 exits_that_pull=pulling,
+                expected_pulls_share=expected,
                 l1_instructions=l1_instructions,
                 automaton=automaton,
                 pairs=pairs,
@@ -200,6 +200,7 @@ def simulate_mix(
     return chosen, simulate(chosen.stream(exits, seed), configs)
 
 
+@functools.cache
 def reader_and_pull_counts(config: Config) -> tuple[Float64, Float64]:
     """Return the counts of the rare reader within an exit leg, and of a pull; float64[C] each."""
 
@@ -214,7 +215,9 @@ def reader_and_pull_counts(config: Config) -> tuple[Float64, Float64]:
 
     eager, _ = exit_and_pull("eager", pull=False)
     lazy, pulled = exit_and_pull("lazy", pull=True)
-    return eager - lazy, pulled
+    reader = eager - lazy
+    reader.flags.writeable = pulled.flags.writeable = False  # it is kept
+    return reader, pulled
 
 
 @contextlib.contextmanager

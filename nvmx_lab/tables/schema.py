@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
+from nvmx_lab.costs.claims import PARTS
 from nvmx_lab.nested.ops import Kind
 from nvmx_lab.nested.paths import INSTRUCTIONS
 from nvmx_lab.tables import whole
@@ -85,6 +87,52 @@ _L1_HANDLER_LOGS: Final = Table(
     also=(whole.l1_is_file_name,),
 )
 
+TIMED: Final = {
+    "overhead": "nothing: the fences and reads of the clock alone",
+    "vmread": "n VMREADs of different fields, back to back",
+    "vmread-same-field": "n VMREADs of one field, back to back",
+    "vmwrite": "n VMWRITEs of different fields, back to back",
+    "vmwrite-same-field": "n VMWRITEs of one field, back to back",
+    "vmptrld": "n VMPTRLDs, in turn of two VMCSs that are both hot",
+    "vmptrld-cold": "n VMPTRLDs, each of a VMCS that was evicted before",
+    "vmclear-vmptrld": "n times VMCLEAR of the current VMCS and VMPTRLD of it",
+    "transition": "n VM-entries, each with the exit of a CPUID",
+    "vmptrld-transition": "n times VMPTRLD of the other VMCS, VM-entry and exit of a CPUID",
+}
+"""What a line of measurements may have timed (`data/protocol/README.md`)."""
+
+_TIMED_CYCLES: Final = Number(low=0.001, high=1e9)
+
+MEASUREMENTS: Final = Table(
+    columns={
+        "cpu_model": Text(),
+        "microcode": Text(),
+        "tsc_hz": Number(low=1e8, high=1e10),
+        "core_hz": Number(low=1e8, high=1e10),
+        "clock": OneOf(words=("TSC", "core")),
+        "basis": OneOf(words=("measured", "simulated")),
+        "primitive": OneOf(words=tuple(TIMED)),
+        "n": Number(low=0, high=4096, whole=True),
+        "boot": Number(low=1, high=1e6, whole=True),
+        "repetitions": Number(low=1000, high=1e12, whole=True),
+        "cycles_p05": _TIMED_CYCLES,
+        "cycles_p50": _TIMED_CYCLES,
+        "cycles_p95": _TIMED_CYCLES,
+    },
+    key=("primitive", "n", "boot"),
+    ascending=(("cycles_p05", "cycles_p50", "cycles_p95"),),
+)
+"""Timings of single primitives, as `nvmx_lab.costs.measured` turns into a price list."""
+
+# What whoever measures fills in is still empty.
+_TO_FILL_IN: Final = replace(
+    MEASUREMENTS,
+    columns={
+        name: rule if name in ("clock", "basis", "primitive", "n") else replace(rule, blank=True)
+        for name, rule in MEASUREMENTS.columns.items()
+    },
+)
+
 CSV: Final[dict[str, Table]] = {
     "vmcs_fields.csv": Table(
         columns={
@@ -159,6 +207,16 @@ CSV: Final[dict[str, Table]] = {
             "vmptrld": MAYBE_COUNT,
             "observation_sd_cycles": MAYBE_AMOUNT,
             "observation_sd_high_cycles": MAYBE_AMOUNT,
+            "model_before": MAYBE_TEXT,
+            "model_after": MAYBE_TEXT,
+            "model_part": OneOf(words=PARTS, blank=True),
+            "model_operations": MAYBE_TEXT,
+            "counts": Text(
+                pattern=r"([a-z0-9_]+=\d+( [a-z0-9_]+=\d+)*)?",
+                form="words like vmread_first=1",
+                blank=True,
+            ),
+            "counts_note": Text(),
             "microarchitecture": Text(),
             "year": Number(low=2005, high=2100, whole=True),
             "basis": PUBLISHED,
@@ -213,6 +271,41 @@ CSV: Final[dict[str, Table]] = {
             "message_id": Text(pattern=r"<\S+@\S+>", form="a Message-Id between < and >"),
         },
         key=("test",),
+    ),
+    "series.csv": Table(
+        columns={
+            "patches": Text(pattern=r"[1-9]\d?(-[1-9]\d?)?", form="a number, or two with a hyphen"),
+            "feature": Known(kind="feature", blank=True),
+            "subject": Text(),
+            "effect": OneOf(words=("saves", "adds", "none", "not known")),
+            "claimed_low_cycles": MAYBE_AMOUNT,
+            "claimed_high_cycles": MAYBE_AMOUNT,
+            "unit": UNIT,
+            "claimed_text": MAYBE_TEXT,
+            "per": MAYBE_TEXT,
+            "left_out": MAYBE_TEXT,
+            "claims": ListOf(item=Known(kind="claim"), blank=True),
+            "basis": PUBLISHED,
+            "source": SOURCE,
+            "message_id": Text(pattern=r"<\S+@\S+>", form="a Message-Id between < and >"),
+        },
+        key=("patches",),
+        ascending=(("claimed_low_cycles", "claimed_high_cycles"),),
+        also=(whole.unique("feature"), whole.unique("message_id"), whole.patches_follow_on),
+    ),
+    "repeatability.csv": Table(
+        columns={
+            "condition": WORD,
+            "run_to_run_percent": Number(low=0, high=100),
+            "bound": OneOf(words=("about", "at most")),
+            "meaning": Text(),
+            "year": Number(low=2005, high=2100, whole=True),
+            "basis": PUBLISHED,
+            "source": SOURCE,
+            "source_ref": MAYBE_TEXT,
+            "text": Text(),
+        },
+        key=("condition",),
     ),
     "exit_mixes.csv": Table(
         columns={
@@ -310,7 +403,9 @@ CSV: Final[dict[str, Table]] = {
 """Tables by name."""
 
 CSV_PATTERNS: Final[dict[str, tuple[Table, ...]]] = {
-    "l1_handlers/*.csv": (_L1_HANDLERS, _L1_HANDLER_LOGS)
+    "l1_handlers/*.csv": (_L1_HANDLERS, _L1_HANDLER_LOGS),
+    "protocol/*.template.csv": (_TO_FILL_IN,),
+    "protocol/*.csv": (MEASUREMENTS,),
 }
 """Tables by pattern of their name; of several the one whose columns are nearest to the header's."""
 
@@ -336,7 +431,7 @@ _PRICE: Final = Section(
                 "fraction of vmwrite_first",
             )
         ),
-        "basis": OneOf(words=("published", "calibrated", "assumed")),
+        "basis": OneOf(words=("published", "measured", "calibrated", "assumed")),
         "claims": ListOf(item=Known(kind="claim")),
         "includes_instructions": Number(low=0, high=1000),
         "source": SOURCE,

@@ -207,6 +207,26 @@ def bound_agrees(file: str, rows: Sequence[Row], names: Names) -> Iterator[Fault
             yield Fault(file, row.line, "claimed_cycles", "disagrees with bound", got, allowed)
 
 
+def patches_follow_on(file: str, rows: Sequence[Row], names: Names) -> Iterator[Fault]:
+    """Check that every patch is in one row, in order, and that a number comes with words."""
+    expected, seen = 1, set()
+    for row in rows:
+        if row["patches"] in seen:
+            continue  # a row again has its own fault
+        seen.add(row["patches"])
+        first, _, last = row["patches"].partition("-")
+        if first.isdecimal() and int(first) != expected:
+            what = "does not count on"
+            yield Fault(file, row.line, "patches", what, row["patches"], str(expected))
+        end = last or first
+        # Go on from what is there: one gap is one fault.
+        expected = (int(end) if end.isdecimal() else expected) + 1
+        for column in ("claimed_high_cycles", "claimed_text", "per"):
+            if row["claimed_low_cycles"] and not row[column]:
+                what = "nothing beside a claimed number"
+                yield Fault(file, row.line, column, what, "nothing", "a value")
+
+
 def one_draw_each(file: str, rows: Sequence[Row], names: Names) -> Iterator[Fault]:
     """Check that a row has a condition or a probability of its own, not both."""
     for row in rows:

@@ -117,10 +117,9 @@ class Pair:
             self.twin = naive.Architecture(
                 strips_access_rights="patch08" in features, saves_also=saves_also
             )
-        version = config.kvm.shadow_version
-        unpulled = vmcs.shadow_rw(version)
+        unpulled = config.kvm.shadow_rw
         if config.shadow_vmcs and "patch07" not in features:
-            unpulled |= vmcs.shadow_ro(version)
+            unpulled |= config.kvm.shadow_ro
         if "validate-first" in features:
             unpulled |= frozenset(naive.NOT_IN_VMCS12)
         self.rare = naive.RareState(
