@@ -343,6 +343,7 @@ CPU = "cpus/skylake-2015.toml"
         (CPU, '"C1"', '"Z9"', "vmread_first.claims", "unknown claim: 'Z9'"),
         (CPU, 'id = "skylake-2015"', 'id = "skylake"', "id", "not the file's name"),
         ("cpus/skylake-2015-blind.toml", 'base = "skylake-2015"', 'base = "x"', "base", "unknown"),
+        ("calibration/prior.toml", "p05 = 14", "p05 = 94", "vmread_first.p50", "less than p05"),
         (
             "l0_releases.toml",
             'extends = "5.3"',

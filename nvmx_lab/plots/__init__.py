@@ -11,9 +11,14 @@ from nvmx_lab.plots.break_even import break_even_rates, saving_over_rate
 from nvmx_lab.plots.claims import against_claims, prices
 from nvmx_lab.plots.cycles import breakdown, published_totals
 from nvmx_lab.plots.figure import Plot, show
-from nvmx_lab.plots.kernel_stack import fixes, pulls_by_cause, saving_with_and_without
+from nvmx_lab.plots.kernel_stack import (
+    pulls_by_cause,
+    saving_with_and_without,
+    savings_of_fixes,
+)
 from nvmx_lab.plots.power import detectable
 from nvmx_lab.plots.savings import comparison, pull_rate, saving_intervals
+from nvmx_lab.plots.sensitivity import sobol, tornado
 from nvmx_lab.plots.sequence import sequence, svg
 from nvmx_lab.plots.series import series_loops, waterfall
 
@@ -24,7 +29,6 @@ __all__ = [
     "breakdown",
     "comparison",
     "detectable",
-    "fixes",
     "published_totals",
     "prices",
     "pull_rate",
@@ -32,9 +36,12 @@ __all__ = [
     "saving_intervals",
     "saving_over_rate",
     "saving_with_and_without",
+    "savings_of_fixes",
     "sequence",
     "series_loops",
     "show",
+    "sobol",
     "svg",
+    "tornado",
     "waterfall",
 ]

@@ -55,7 +55,8 @@ def pulls_by_cause(frame: pd.DataFrame) -> Plot:
     if not frame["pulls"].any():
         raise LabError("no exit pulled: nothing to draw", where="pulls_by_cause")
     panels = [
-        (l2, state, some) for (l2, state), some in frame.groupby(["l2", "randomization"], sort=False)
+        (l2, state, some)
+        for (l2, state), some in frame.groupby(["l2", "randomization"], sort=False)
     ]
     kinds = {
         l2: sorted(set(some.loc[some["pulls"] > 0, "kind"])) for l2, some in frame.groupby("l2")
@@ -125,7 +126,10 @@ def saving_with_and_without(frame: pd.DataFrame) -> Plot:
     priced = priced[both] if both.any() else priced
     mixes, cpus = list(dict.fromkeys(priced["mix"])), list(dict.fromkeys(priced["cpu"]))
     figure, axes = blank(1.9 + 0.42 * len(cpus), len(mixes), sharey=True)
-    ways = ((False, "without the write", BLUE, "o", -0.16), (True, "with it", VERMILLION, "v", 0.16))
+    ways = (
+        (False, "without the write", BLUE, "o", -0.16),
+        (True, "with it", VERMILLION, "v", 0.16),
+    )
     for axis, mix in zip(axes, mixes, strict=True):
         axis.axvline(0, color=BLACK, linewidth=1)
         for write, label, colour, marker, shift in ways:
@@ -136,7 +140,7 @@ def saving_with_and_without(frame: pd.DataFrame) -> Plot:
     legend(figure, 2, handles=handles, labels=labels)
     with_write, quiet = (priced[priced["write"] == w]["saving_p50"] for w in (True, False))
     parts = [
-        f"{words} a median of {_gain(some.min())} to {_gain(some.max())}"
+        f"{words} a median of {number(some.min())} to {number(some.max())}"
         for words, some in (("without the write", quiet), ("with it", with_write))
         if len(some)
     ]
@@ -150,7 +154,7 @@ def saving_with_and_without(frame: pd.DataFrame) -> Plot:
     return Plot(figure, " ".join(["Intervals by price list and mix.", f"{finding}.", *said]))
 
 
-def fixes(frame: pd.DataFrame, wrong: frozenset[str] | set[str] = frozenset()) -> Plot:
+def savings_of_fixes(frame: pd.DataFrame, wrong: frozenset[str] | set[str] = frozenset()) -> Plot:
     """Draw what each change of L0 saves against the lazy sync as it is.
 
     Parameters
@@ -171,21 +175,23 @@ def fixes(frame: pd.DataFrame, wrong: frozenset[str] | set[str] = frozenset()) -
     LabError
         If a column is missing, there are several price lists, or none has the prices.
     """
-    require(frame, ("mix", "cpu", "fix", "closed_p50", *(f"lazy_{q}" for q in _Q)), "fixes")
+    require(
+        frame, ("mix", "cpu", "fix", "closed_p50", *(f"lazy_{q}" for q in _Q)), "savings_of_fixes"
+    )
     if frame["cpu"].nunique() != 1:
         raise LabError("the figure is for one price list", where="cpu", got=list(frame["cpu"]))
     if frame["lazy_p50"].isna().all():
-        raise LabError("no row has a price", where="fixes")
+        raise LabError("no row has a price", where="savings_of_fixes")
     names, mixes = list(dict.fromkeys(frame["fix"])), list(dict.fromkeys(frame["mix"]))
     figure, axes = blank(1.9 + 0.36 * len(names), len(mixes), sharey=True)
     for axis, mix in zip(axes, mixes, strict=True):
         some = frame[frame["mix"] == mix].set_index("fix").reindex(names)
         axis.axvline(0, color=BLACK, linewidth=1)
-        for chosen, colour, marker, label in (
-            (some.index.isin(wrong), GREY, "x", "wrong"),
-            (~some.index.isin(wrong), BLUE, "o", "correct"),
+        for names_of, colour, marker, label in (
+            ([n for n in names if n in wrong], GREY, "x", "wrong"),
+            ([n for n in names if n not in wrong], BLUE, "o", "correct"),
         ):
-            shown = some.where(chosen[:, None] if hasattr(chosen, "shape") else chosen)
+            shown = some.loc[names_of].reindex(names)
             _intervals(axis, shown, "lazy", 0, colour, marker, label)
         bound = some["lazy_p50"].iloc[-1]
         axis.axvline(bound, color=VERMILLION, linewidth=1, linestyle="--", label="no write at all")
@@ -247,7 +253,3 @@ def _dress(axis: Axes, rows: list[str], mix: str) -> None:
     axis.set_title(mix, fontsize=10, loc="left")
     thousands(axis.xaxis)
     whole_cycles(axis.xaxis, ticks=4)
-
-
-def _gain(value: float) -> str:
-    return number(value)

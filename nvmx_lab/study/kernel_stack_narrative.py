@@ -141,9 +141,7 @@ def savings(frame: pd.DataFrame) -> pd.DataFrame:
     """Return `nvmx_lab.study.kernel_stack.savings` worded for a table: a row per price list."""
     shown = frame.assign(
         cell=[_interval(row, "saving") for row in _rows(frame)],
-        column=[
-            f"{row['mix']}, {'with' if row['write'] else 'without'}" for row in _rows(frame)
-        ],
+        column=[f"{row['mix']}, {'with' if row['write'] else 'without'}" for row in _rows(frame)],
     )
     order = list(dict.fromkeys(shown["column"]))
     table = shown.pivot(index="cpu", columns="column", values="cell")

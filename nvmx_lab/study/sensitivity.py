@@ -89,7 +89,7 @@ class Uncertain:
 
     def at(self, unit: FloatArray) -> tuple[dict[str, FloatArray], FloatArray]:
         """Return prices by parameter and the pull rate at probabilities; float64[n] each."""
-        from scipy.special import ndtri  # type: ignore[import-untyped]
+        from scipy.special import ndtri
 
         # The ends themselves are infinitely far out.
         normal = ndtri(np.clip(unit, 1e-12, 1 - 1e-12))
@@ -197,7 +197,8 @@ def sensitivity(
     Returns
     -------
     DataFrame
-        One row per input, the largest total index first: input, meaning, basis ("published",
+        One row per input, the largest total index first: input, label (the input's honest name: a
+        `next` is correlated with its `first`), meaning, basis ("published",
         "calibrated", "assumed"), unit, p05, p50, p95 (of the input, the others at their medians),
         first, first_low, first_high, total, total_low, total_high (indices with 90 % confidence
         intervals by bootstrap), mix, kvm_before, kvm_after, cpu, and saving_cycles_p05, _p50,
@@ -232,7 +233,7 @@ def sensitivity(
     return frame.sort_values("total", ascending=False, kind="stable", ignore_index=True)
 
 
-_ABOUT: Final = ("input", "meaning", "basis", "unit", "p05", "p50", "p95")
+_ABOUT: Final = ("input", "label", "meaning", "basis", "unit", "p05", "p50", "p95")
 _INDICES: Final = ("first", "first_low", "first_high", "total", "total_low", "total_high")
 
 
@@ -258,8 +259,8 @@ def sobol_indices(
         first, first_low, first_high, total, total_low, total_high; and quantiles, float64[3], of
         the function (p05, p50, p95).
     """
-    from SALib.analyze import sobol as analyze  # type: ignore[import-untyped]
-    from SALib.sample import sobol as sample  # type: ignore[import-untyped]
+    from SALib.analyze import sobol as analyze
+    from SALib.sample import sobol as sample
 
     if not inputs:
         return {name: np.zeros(0) for name in (*_INDICES, "quantiles")}
@@ -307,10 +308,10 @@ def tornado(
     Returns
     -------
     DataFrame
-        One row per input, the widest first: input, meaning, basis, unit, p05, p50, p95 (of the
-        input), saving_at_p05_cycles, saving_at_p50_cycles (all inputs at their medians, the same in
-        every row), saving_at_p95_cycles, swing_cycles (the distance of the ends), mix, kvm_before,
-        kvm_after, cpu. No row if nothing differs.
+        One row per input, the widest first: input, label, meaning, basis, unit, p05, p50, p95 (of
+        the input), saving_at_p05_cycles, saving_at_p50_cycles (all inputs at their medians, the
+        same in every row), saving_at_p95_cycles, swing_cycles (the distance of the ends), mix,
+        kvm_before, kvm_after, cpu. No row if nothing differs.
 
     Raises
     ------
@@ -434,13 +435,16 @@ def _about(function: Uncertain, name: str) -> dict[str, Any]:
     else:
         meaning, basis, values = prices.PARAMETERS[name], known[name].basis, drawn[name]
         unit = known[name].unit if name == "cpi" else "TSC cycles"  # a fraction has become cycles
-        for following, first in FIRST_OF.items():
-            if name == first and following in function.inputs:
-                meaning += f"; and what {following} shares with it"
-            if name == following and first in function.inputs:
-                meaning += f"; what it does not share with {first}"
+    label = name
+    for following, first in FIRST_OF.items():
+        if {following, first} <= set(function.inputs):
+            if name == first:
+                label = f"{first} with its part in {following}"
+            elif name == following:
+                label = f"{following} given {first}"
     return {
         "input": name,
+        "label": label,
         "meaning": meaning,
         "basis": basis,
         "unit": unit,

@@ -25,7 +25,7 @@ __all__ = ["Fault", "check", "report"]
 # L1's software is priced like L0's, by cycles per instruction; see nvmx_lab.costs.prices.
 _PRICED = frozenset(PRIMITIVES) - {"l0_instructions", "l1_instructions", "l1_vmread", "l1_vmwrite"}
 _NOT_TABLES = ("README.md", "protocol/README.md")
-_FOLDERS = ("cpus", "executed", "l1_handlers", "mixes")  # none of them may be empty
+_FOLDERS = ("calibration", "cpus", "executed", "l1_handlers", "mixes")  # none of them may be empty
 _T = TypeVar("_T")
 
 

@@ -440,6 +440,20 @@ _PRICE: Final = Section(
     ascending=(("p05", "p50", "p95"),),
 )
 
+_PRICE_LIST: Final = Section(
+    keys={
+        "id": SLUG,
+        "name": Text(),
+        "generation": Text(),
+        "years": Text(pattern=r"\d{4}(-(\d{4})?)?", form='years, "2015-2019"'),
+        "note": Text(),
+        "base": Known(kind="cpu"),
+    },
+    optional=frozenset({"base"}),
+    each=_PRICE,
+    each_name=Known(kind="price"),
+)
+
 TOML: Final[dict[str, Section]] = {
     "l0_releases.toml": Section(
         tables={
@@ -520,18 +534,7 @@ TOML_PATTERNS: Final[dict[str, Section]] = {
         },
         optional=frozenset({"assumes", "variant", "without", "conditions", "host", "published"}),
     ),
-    "cpus/*.toml": Section(
-        keys={
-            "id": SLUG,
-            "name": Text(),
-            "generation": Text(),
-            "years": Text(pattern=r"\d{4}(-(\d{4})?)?", form='years, "2015-2019"'),
-            "note": Text(),
-            "base": Known(kind="cpu"),
-        },
-        optional=frozenset({"base"}),
-        each=_PRICE,
-        each_name=Known(kind="price"),
-    ),
+    "cpus/*.toml": _PRICE_LIST,
+    "calibration/*.toml": _PRICE_LIST,
 }
 """TOML files by pattern of their name."""
