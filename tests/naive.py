@@ -244,6 +244,8 @@ class RareState:
         Whether a VMREAD fetches only its own field and so leaves the flag set.
     foresees : bool
         Whether an exit after which L1 will need a rare field (``+pull``) syncs at once.
+    resets : bool
+        Whether the flag goes with the vmcs02 it speaks of: a mend that no release has.
     """
 
     lazy: bool
@@ -251,6 +253,7 @@ class RareState:
     unpulled: frozenset[str]
     per_field: bool = False
     foresees: bool = False
+    resets: bool = False
     stale: bool = False
     outlived: bool = False  # the flag is set, but the vmcs02 it spoke of is gone
 
@@ -284,9 +287,10 @@ class RareState:
                 self.stale = self.outlived = False  # a new vCPU
             case "restore":
                 # Leaving L2 by force is an exit without a reason: the flag is set, vmcs02 goes.
-                self.stale = self.stale or (was_in_l2 and self.lazy)
+                self.stale = (self.stale or (was_in_l2 and self.lazy)) and not self.resets
                 self.outlived = self.stale
             case "vmxoff":
+                self.stale = self.stale and not self.resets
                 self.outlived = self.stale
             case "l1_vmread" if self.per_field:
                 pass

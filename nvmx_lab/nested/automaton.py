@@ -169,7 +169,8 @@ class Automaton:
             for word in pending:
                 state = start
                 for code in word:
-                    state = self.visit(state, code)
+                    after = self._next[state][code]
+                    state = self.visit(state, code) if after == UNREACHED else after
                 if state not in seen:
                     seen.add(state)
                     frontier.append(state)

@@ -178,7 +178,7 @@ class _Effect(NamedTuple):
     seen: object
     fault: str
     takes: str = ""
-    host_state: Mapping[str, object] = {}  # noqa: RUF012 - a named tuple's default
+    host_state: Mapping[str, object] = {}
 
     def moves(self, name: str, *, own: bool) -> bytes:
         """Return the sources of a field's cells; `own`: the step is about the field."""

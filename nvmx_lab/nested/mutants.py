@@ -513,6 +513,44 @@ class _OnlyRareVmwritesDirty(Nvmx):
         return failure
 
 
+@_mistake(
+    "only-guest-writes-dirty",
+    "handle_vmwrite sets dirty_vmcs12 only for guest state: clean-host-writes, gone too far",
+)
+class _OnlyGuestWritesDirty(Nvmx):
+    def handle_vmwrite(self, name: str, value: int) -> VmFail | None:
+        dirty = self.control.dirty_vmcs12
+        failure = super().handle_vmwrite(name, value)
+        if vmcs.field(name).group != "guest":
+            self._set(dirty_vmcs12=dirty)
+        return failure
+
+
+@_mistake(
+    "host-writes-leave-clean",
+    "handle_vmwrite does not set dirty_vmcs12 for a HOST_ field: clean-host-writes",
+    harmless="an improvement: host state never reaches vmcs02, an exit loads it from vmcs12",
+)
+class _HostWritesLeaveClean(Nvmx):
+    def handle_vmwrite(self, name: str, value: int) -> VmFail | None:
+        dirty = self.control.dirty_vmcs12
+        failure = super().handle_vmwrite(name, value)
+        if name in vmcs.host_state():
+            self._set(dirty_vmcs12=dirty)
+        return failure
+
+
+@_mistake(
+    "host-state-from-memory",
+    "load_vmcs12_host_state reads the VMCS region in L1's memory, not the cached vmcs12",
+)
+class _HostStateFromMemory(Nvmx):
+    def _load_vmcs12_host_state(self, *, tell: bool) -> None:
+        super()._load_vmcs12_host_state(tell=tell)
+        region, _ = self.memory.get(self.current_vmptr or "", ({}, False))
+        self.host_state = {name: region.get(name, 0) for name in self.host_state}
+
+
 @_mistake("vmptrld-leaves-clean", "set_current_vmptr does not set dirty_vmcs12")
 class _VmptrldLeavesClean(Nvmx):
     def set_current_vmptr(self, vmptr: str, *, launched: bool) -> None:

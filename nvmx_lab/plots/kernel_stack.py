@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _Q: Final = ("p05", "p50", "p95")
+_AXIS: Final = "saved per round trip, TSC cycles (median, 5 to 95 % of the price draws)"
 
 
 def pulls_by_cause(frame: pd.DataFrame) -> Plot:
@@ -75,17 +76,15 @@ def pulls_by_cause(frame: pd.DataFrame) -> Plot:
         axis.set_xlim(0, 100)
         axis.grid(axis="y", visible=False)
         axis.tick_params(axis="y", length=0)
-        axis.set_xlabel("exits after which L0 pulled, %")
         axis.set_title(f"{l2},\nrandomization {state}", fontsize=10, loc="left")
     handles, labels = axes[0].get_legend_handles_labels()
     legend(figure, 2, handles=handles, labels=labels)
-    on = frame[frame["randomization"] == "on"]
+    l2, state, largest = max(panels, key=lambda panel: panel[2]["exits"].sum())
     finding = (
-        f"Executed runs with randomization on: {share(_ratio(on, 'host_rsp'))} of the exits pull "
-        f"because of HOST_RSP, {share(_ratio(on, 'other'))} for any other reason"
-        if len(on)
-        else f"Executed runs: {share(_ratio(frame, 'pulls'))} of the exits pull"
+        f"{l2}, randomization {state}: {share(_ratio(largest, 'host_rsp'))} of the exits pull "
+        f"because of HOST_RSP, {share(_ratio(largest, 'other'))} for any other reason"
     )
+    figure.supxlabel("exits after which L0 pulled, %", fontsize=10)
     entitle(figure, finding)
     said = [
         f"{l2}, randomization {state}: of {some['exits'].sum():,} exits {some['pulls'].sum():,} "
@@ -140,11 +139,12 @@ def saving_with_and_without(frame: pd.DataFrame) -> Plot:
     legend(figure, 2, handles=handles, labels=labels)
     with_write, quiet = (priced[priced["write"] == w]["saving_p50"] for w in (True, False))
     parts = [
-        f"{words} a median of {number(some.min())} to {number(some.max())}"
+        f"{words} {number(some.min())} to {number(some.max())}"
         for words, some in (("without the write", quiet), ("with it", with_write))
         if len(some)
     ]
-    finding = f"The patch saves, {', '.join(parts)} cycles per round trip"
+    finding = f"What the patch saves per round trip: {', '.join(parts)} cycles"
+    figure.supxlabel(_AXIS, fontsize=10)
     entitle(figure, finding)
     said = [
         f"{row['mix']}, {row['cpu']}, {'with' if row['write'] else 'without'} the write: "
@@ -205,6 +205,7 @@ def savings_of_fixes(frame: pd.DataFrame, wrong: frozenset[str] | set[str] = fro
         closed = right.loc[right["fix"] == best, "closed_p50"]
         ends = list(dict.fromkeys(f"{100 * v:.0f}" for v in (closed.min(), closed.max())))
         finding = f"{best}: {' to '.join(ends)} % of what the write costs is saved"
+    figure.supxlabel(_AXIS, fontsize=10)
     entitle(figure, f"{finding} (prices of {frame['cpu'].iloc[0]})")
     said = [
         f"{mix}: "
@@ -249,7 +250,6 @@ def _dress(axis: Axes, rows: list[str], mix: str) -> None:
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel("saved per round trip, TSC cycles\n(median, 5 to 95 % of the price draws)")
     axis.set_title(mix, fontsize=10, loc="left")
     thousands(axis.xaxis)
     whole_cycles(axis.xaxis, ticks=4)

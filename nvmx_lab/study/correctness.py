@@ -42,7 +42,7 @@ ONE_OF_EACH: Final = (
     *("GUEST_GS_BASE", "GUEST_PENDING_DBG_EXCEPTIONS", "GUEST_CS_AR_BYTES", "GUEST_RIP"),
     *("GUEST_CR3", "GUEST_SYSENTER_ESP", "GUEST_INTERRUPTIBILITY_INFO", "GUEST_PDPTR0"),
     *("GUEST_INTR_STATUS", "HOST_RIP", "EXIT_QUALIFICATION", "VM_INSTRUCTION_ERROR"),
-    "VM_EXIT_REASON",
+    *("VM_EXIT_REASON", "CR4_GUEST_HOST_MASK"),
 )
 """Fields that show most mistakes: searched first, because the whole search takes longer."""
 

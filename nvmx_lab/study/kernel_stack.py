@@ -46,10 +46,9 @@ WRITE_PARTS: Final = ("trapped exit", "pull", "dirty entry", "all")
 
 SEARCHED: Final = (
     *("GUEST_GS_BASE", "GUEST_PENDING_DBG_EXCEPTIONS"),  # rare
-    *("HOST_RSP", "HOST_RIP", "HOST_FS_BASE"),  # host state: trapping, and shadowed
-    *("GUEST_CS_AR_BYTES", "GUEST_RIP", "GUEST_SYSENTER_ESP", "GUEST_CR3"),  # eager
-    *("CR4_GUEST_HOST_MASK", "EXCEPTION_BITMAP", "TSC_OFFSET"),  # controls that an entry copies
-    *("VM_EXIT_REASON", "VM_INSTRUCTION_ERROR"),
+    *("HOST_RSP", "HOST_FS_BASE"),  # host state: trapping, and shadowed
+    *("GUEST_CS_AR_BYTES", "GUEST_SYSENTER_ESP"),  # eager, and written by a dirty entry alone
+    "CR4_GUEST_HOST_MASK",  # a control that a dirty entry alone writes
 )
 """A field of each kind that the changes treat differently."""
 
@@ -81,32 +80,32 @@ FIXES: Final = (
         "more in each direction",
     ),
     Fix(
-        "host writes clean",
+        "clean host writes",
         ("clean-host-writes",),
         "a VMWRITE of a HOST_ field pulls as before, but leaves vmcs12 clean",
     ),
     Fix(
-        "host writes clean, no pull",
+        "clean and unpulled host writes",
         ("clean-host-writes", "no-pull-host-writes"),
         "a VMWRITE of a HOST_ field neither dirties vmcs12 nor pulls",
     ),
     Fix(
-        "host writes dirty, no pull",
+        "unpulled host writes",
         ("no-pull-host-writes",),
         "a VMWRITE of a HOST_ field dirties vmcs12 as before, but does not pull",
     ),
     Fix(
-        "no pull, naive",
+        "unpulled writes",
         ("no-pull-unchecked-writes",),
         "only VMWRITEs of rare fields and of VM_ENTRY_CONTROLS pull; a dirty entry is as before",
     ),
     Fix(
-        "no pull, dirty entry pulls",
+        "unpulled writes + pull at entry",
         ("no-pull-unchecked-writes", "pull-at-dirty-entry"),
         "the same, and a dirty entry reads the rare fields first, while it has vmcs02 loaded",
     ),
     Fix(
-        "no pull, dirty entry skips",
+        "unpulled writes + skip at entry",
         ("no-pull-unchecked-writes", "skip-rare-at-entry"),
         "the same, and a dirty entry leaves out the rare fields that only vmcs02 has",
     ),

@@ -14,11 +14,15 @@ from nvmx_lab.study.kernel_stack import (
     fix,
 )
 from nvmx_lab.study.narrative import badge
+from nvmx_lab.workload import mixes as workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _SPACE = "\N{NO-BREAK SPACE}"
+BOOT_WITHOUT = "linux-boot-nokstack"
+"""The mix that says what is known of the Linux boot without randomization."""
+
 _RIGHT, _WRONG = "holds", "fails"
 
 
@@ -69,7 +73,13 @@ def of_executed(frame: pd.DataFrame) -> str:
         else:
             text += ", none by a VMWRITE of HOST_RSP."
         lines.append(text)
-    return "\n".join([*lines, "", _same_exits(frame)]).rstrip()
+    return "\n".join([*lines, "", _same_exits(frame), "", _boot_without()]).rstrip()
+
+
+def _boot_without() -> str:
+    """Say what is known of the Linux boot without randomization: its log is not among the data."""
+    mix = workload.load(BOOT_WITHOUT)
+    return f"{badge(mix.basis)} The Linux boot without randomization (`{mix.name}`): {mix.assumes}"
 
 
 def _same_exits(frame: pd.DataFrame) -> str:
@@ -83,10 +93,14 @@ def _same_exits(frame: pd.DataFrame) -> str:
     more = (both["pulls_on"] / both["exits_on"]) > (both["pulls_off"] / both["exits_off"])
     never = int((both["pulls_off"] == 0).sum())
     return (
-        f"The same micro-guest ran with randomization and without. Of the {len(both)} kinds of "
-        f"exit after which L1 wrote HOST_RSP, {int(more.sum())} pull more often with it; "
-        f"{never} never pull without it."
+        f"The same micro-guest ran with randomization and without. {len(both)} kinds of exit pull "
+        f"because of HOST_RSP with it; {_all_of(int(more.sum()), len(both))} pull more often than "
+        f"without it, and {_all_of(never, len(both))} never pull without it."
     )
+
+
+def _all_of(number: int, whole: int) -> str:
+    return "all of them" if number == whole else f"{number} of them"
 
 
 # -- the mechanism -----------------------------------------------------------------------------
@@ -98,6 +112,8 @@ def steps(mechanism: pd.DataFrame) -> str:
     other_reads = row["vmreads"] - row["rare_vmreads"]
     return "\n".join(
         [
+            "By KVM's source, and as the logs have it:",
+            "",
             "1. L2 exits; L0 reflects the exit and leaves the rare fields in vmcs02 (the lazy "
             "sync). L1 handles it and returns to its user space.",
             "2. L1's user space calls KVM_RUN again. Kernel-stack randomization gives this system "
@@ -237,7 +253,7 @@ def _tally(rows: pd.DataFrame) -> str:
 def _lists(number: int, *, every: bool = False) -> str:
     if number == 1:
         return "one price list"
-    return f"all {number} price lists" if every else f"{number} price lists"
+    return f"all {number} price lists that can price it" if every else f"{number} price lists"
 
 
 # -- fixes -------------------------------------------------------------------------------------
@@ -289,17 +305,17 @@ def of_rules(found: Sequence[Judgement]) -> str:
         "would crush it), and the rare fields of vmcs12 that a dirty entry writes to vmcs02 (they "
         "would be old)."
     ]
-    if both("host writes clean, no pull", "host writes dirty, no pull"):
+    if both("clean and unpulled host writes", "unpulled host writes"):
         lines.append(
             "- A HOST_ field is not rare, so nothing is crushed. That it leaves vmcs12 clean is "
             "what makes the pull needless: the same write without the pull, but dirty, fails."
         )
-    if both("no pull, dirty entry pulls", "no pull, naive"):
+    if both("unpulled writes + pull at entry", "unpulled writes"):
         lines.append(
             "- For any other field the pull can wait until the entry, where vmcs02 is loaded "
             "anyway and no switch is needed; it cannot be left out."
         )
-    if both("no pull, dirty entry skips", "no pull, naive"):
+    if both("unpulled writes + skip at entry", "unpulled writes"):
         lines.append(
             "- Or the entry leaves the rare fields alone while the flag is set: a set flag says "
             "that L1 wrote none of them since the exit, so vmcs02 has the true values."
@@ -330,22 +346,26 @@ def verdicts(found: Sequence[Judgement], frame: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index fix; correct?, and for each mix the cycles saved against the lazy sync as it is and
-        against the eager one, and the share of the gap that is closed (medians, 90 % intervals).
+        One row per mix and fix: correct?, exits that pull, cycles saved against the lazy sync as it
+        is and against the eager one, and the share of the gap that is closed (medians, 90 %
+        intervals).
     """
     import pandas as pd
 
     _one_cpu(frame)
     said = {each.fix.name: _said(each) for each in found}
-    names = list(dict.fromkeys(frame["fix"]))
-    table = {"correct?": [said.get(name, "–") for name in names]}
-    for mix, some in frame.groupby("mix", sort=False):
-        by_fix = {row["fix"]: row for row in _rows(some)}
-        for against in ("lazy", "eager"):
-            cells = [_interval(by_fix[name], against) for name in names]
-            table[f"{mix}: saved against {against}"] = cells
-        table[f"{mix}: gap closed"] = [_shares(by_fix[name], "closed") for name in names]
-    return pd.DataFrame(table, index=pd.Index(names, name="fix"))
+    rows = _rows(frame)
+    return pd.DataFrame(
+        {
+            "mix": [row["mix"] for row in rows],
+            "fix": [row["fix"] for row in rows],
+            "correct?": [said.get(row["fix"], "–") for row in rows],
+            "exits that pull": [_share(row["pulls_share"]) for row in rows],
+            "saved against lazy": [_interval(row, "lazy") for row in rows],
+            "saved against eager": [_interval(row, "eager") for row in rows],
+            "gap closed": [_shares(row, "closed") for row in rows],
+        }
+    )
 
 
 def by_cpu(found: Sequence[Judgement], frame: pd.DataFrame, mix: str) -> pd.DataFrame:
@@ -393,11 +413,11 @@ def answer(
         with_write, quiet = (_rows(some[some["write"] == write])[0] for write in (True, False))
         whole = costs[(costs["mix"] == mix) & (costs["part"] == WRITE_PARTS[-1])]
         lines.append(
-            f"- {badge('simulated')} `{mix}` by {cpu}: the patch saves "
+            f"- {badge('simulated')} `{mix}` by {cpu}: the patch's saving is "
             f"{_words(with_write, 'saving')} cycles per round trip with the write and "
             f"{_words(quiet, 'saving')} without. The write itself costs "
-            f"{_words(_rows(whole)[0], 'cycles')}, {_share(_rows(whole)[0]['share_p50'])} of the "
-            "round trip."
+            f"{_words(_rows(whole)[0], 'cycles')} cycles, "
+            f"{_share(_rows(whole)[0]['share_p50'])} of the round trip."
         )
     right, wrong = ([e.fix.name for e in found if e.holds is ok] for ok in (True, False))
     lines.append(_of_fixes(right, frame, cpu))
@@ -483,7 +503,7 @@ def _shares(row: dict[str, Any], name: str) -> str:
 
 def _words(row: dict[str, Any], name: str) -> str:
     if row[f"{name}_p50"] != row[f"{name}_p50"]:
-        return "an unknown number of"
+        return "an unknown number"
     low, middle, high = (_number(row[f"{name}_{q}"]) for q in ("p05", "p50", "p95"))
     return f"{middle} (90 % interval {low} to {high})"
 

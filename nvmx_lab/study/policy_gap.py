@@ -1,4 +1,4 @@
-"""Sync policies side by side: how much of what the oracle saves over lazy copying each one saves."""
+"""Sync policies side by side: how much of what the oracle saves over lazy copying each saves."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class PolicyGaps:
         prediction[_L0_INSTRUCTIONS] = PREDICTION_INSTRUCTIONS
         assumed = float(interval(price(prediction, self._drawn)).p50)
         wide = float(np.median(gap)) >= NO_GAP_CYCLES
-        closed = -over_lazy / gap if wide else None
+        closed = 0.0 - over_lazy / gap if wide else None  # 0.0: nothing is "-0"
         out = {}
         for k, policy in enumerate(self.policies):
             guesses = issubclass(SYNC_POLICIES[policy], Predictor)

@@ -111,7 +111,8 @@ def foresee(stream: Stream, config: Config) -> Stream:
     A pull needs an operation of L1 between the exit and the entry, so whether one comes is a
     property of the word; the mark is ``+pull`` behind the exit reason.
     """
-    pulls = compiled(config.with_sync("lazy"), stream).pulls.any(axis=0)
+    (lazy,) = compiled([config.with_sync("lazy")], stream)
+    pulls = lazy.pulls.any(axis=0)
     marks = {op: marked(op) for op in stream.alphabet if op.kind is Kind.EXIT}
     alphabet = (*stream.alphabet, *marks.values())
     codes = stream.words.codes.copy()
@@ -144,7 +145,7 @@ def simulate(
         raise LabError("nothing to simulate", where="configs", got="none")
     if any(config.sync == "oracle" for config in configs):
         stream = foresee(stream, configs[0])
-    walks = [compiled(config, stream) for config in configs]
+    walks = compiled(configs, stream)
     with _progress(stream) as advance:
         seen = run.visits(stream, [walk.walked for walk in walks], advance)
     l1 = stream.words.l1_instructions

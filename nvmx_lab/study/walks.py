@@ -8,7 +8,7 @@ L0's control states multiply in a table of numbers, not in runs of the model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -74,18 +74,26 @@ class Walk:
         return out.reshape(shape)
 
 
-def compiled(config: Config, stream: Stream) -> Walk:
-    """Compile an L0 for the words of a stream.
+def compiled(configs: Sequence[Config], stream: Stream) -> list[Walk]:
+    """Compile L0s for the words of a stream.
 
     Raises
     ------
     LabError
-        If the sync policy remembers without a bound.
+        If a sync policy remembers without a bound.
     """
-    policy = SYNC_POLICIES[config.sync]
-    if issubclass(policy, Predictor) and not config.evmcs:
-        return _with_predictor(config, policy(), both_ways(stream))
-    return _plain(config, stream)
+    plain = functools.cache(_plain)  # predictors have what L0 does, either way, in common
+    twice = functools.cache(both_ways)
+    walks = []
+    for config in configs:
+        policy = SYNC_POLICIES[config.sync]
+        if issubclass(policy, Predictor) and not config.evmcs:
+            # The oracle does as the marks of the exits say.
+            base = plain(config.with_sync("oracle"), twice(stream))
+            walks.append(_with_predictor(policy(), base, stream))
+        else:
+            walks.append(plain(config, stream))
+    return walks
 
 
 def marked(exit_: Operation) -> Operation:
@@ -121,18 +129,31 @@ def _plain(config: Config, stream: Stream) -> Walk:
     automaton = Automaton(config, stream.alphabet)
     automaton.visit_words(words[w].tolist() for w in range(len(words)))
     lifted = run.lift(automaton, words.offsets, words.codes)
-    counts = run.counts_of_word(automaton, lifted, words.offsets, words.codes)
-    return Walk(automaton, words, lifted, lifted, counts[:, :, _PULLS] > 0)
+    return Walk(automaton, words, lifted, lifted, _pulls(automaton, lifted, words))
 
 
-def _with_predictor(config: Config, policy: Predictor, stream: Stream) -> Walk:
+def _pulls(automaton: Automaton, lifted: Lifted, words: Words) -> npt.NDArray[np.bool_]:
+    """Return whether L0 pulls, for each boundary state and word: bool[B, V]."""
+    table, pulling = automaton.next_state, automaton.counts[:, _PULLS] > 0
+    of_pair = pulling[automaton.count_id]  # nonsense where not visited: not met either
+    starts, stops = words.offsets[:-1], words.offsets[1:]
+    state = np.repeat(lifted.boundary[:, None], starts.size, axis=1)
+    out = np.zeros(state.shape, np.bool_)
+    for step in range(int(words.lengths.max())):  # from every state, all words at once
+        live = np.flatnonzero(starts + step < stops)
+        code, here = words.codes[starts[live] + step], state[:, live]
+        out[:, live] |= of_pair[here, code]
+        state[:, live] = table[here, code]
+    return out
+
+
+def _with_predictor(policy: Predictor, base: Walk, stream: Stream) -> Walk:
     """Multiply what L0 does, either way, with what the predictor learns."""
-    base = _plain(config.with_sync("oracle"), stream)  # which does as the marks say
     after = base.lifted.next_of_word.astype(np.int64)
-    size = len(stream.words) // 2
-    exits = stream.words.codes[stream.words.offsets[:size]]
+    size = len(stream.words)
+    exits = stream.words.codes[stream.words.offsets[:-1]]
     reasons, of_word = np.unique(exits, return_inverse=True)
-    names = [stream.alphabet[code].arg for code in reasons]
+    names = [stream.alphabet[code].arg.removesuffix(_FORESEEN) for code in reasons]
     needed = base.pulls[:, :size].astype(np.int64)  # nothing was copied: a need is a pull
     known: list[Hashable] = [policy.first]  # what can have been learned
     numbers: dict[Hashable, int] = {policy.first: 0}
@@ -168,7 +189,7 @@ def _with_predictor(config: Config, policy: Predictor, stream: Stream) -> Walk:
         if len(states) > MOST_STATES:
             raise LabError(
                 f"L0 has more than {MOST_STATES:,} control states on this stream",
-                where=f"sync policy {config.sync!r}",
+                where=f"predictor {type(policy).__name__}",
                 mend="let the predictor learn less: a counter must stop somewhere",
             )
         next_of_word.append(np.array([ids[each] for each in found.tolist()], np.int32)[place])

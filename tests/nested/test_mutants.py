@@ -21,6 +21,7 @@ FIELDS = (
     *("GUEST_CR3", "GUEST_SYSENTER_CS", "GUEST_INTERRUPTIBILITY_INFO", "GUEST_PDPTR0"),  # eager
     *("GUEST_INTR_STATUS", "GUEST_CS_AR_BYTES", "VM_EXIT_REASON"),  # shadowed
     "CR4_GUEST_HOST_MASK",  # written to vmcs02 if vmcs12 is dirty
+    "HOST_RIP",  # loaded by an exit
 )
 # Steps that make the search longer, and the mutants that cannot be seen without them.
 RARELY_NEEDED = ("SET_NESTED_STATE", "VMXOFF", "SMI", "RSM")

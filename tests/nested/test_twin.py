@@ -21,6 +21,8 @@ from tests import naive
 LOOKS, ALL = 16, 1000  # fields to read after a step: the last ones written, and some more
 LONGEST = 60  # steps of one run
 POINTERS = ("A", "B")
+HOST_STATE = tuple(name for name in naive.IN_VMCS12 if name.startswith("HOST_"))
+IN_FORCE = ("EXCEPTION_BITMAP", "TSC_OFFSET", "CR4_GUEST_HOST_MASK", "PAGE_FAULT_ERROR_CODE_MASK")
 LAZY_POLICIES = ("lazy", "per-field", "oracle")
 
 # Values for fields whose bits switch on features that the twin does not have; every other field
@@ -122,9 +124,14 @@ class Pair:
             unpulled |= config.kvm.shadow_ro
         if "validate-first" in features:
             unpulled |= frozenset(naive.NOT_IN_VMCS12)
+        if "no-pull-host-writes" in features:
+            unpulled |= frozenset(HOST_STATE)
+        if "no-pull-unchecked-writes" in features:
+            unpulled |= frozenset(vmcs.catalogue()) - {*naive.RARE, "VM_ENTRY_CONTROLS"}
         self.rare = naive.RareState(
             lazy=config.sync != "eager" and not config.evmcs,
             get_pulls="migration-sync" in features,
+            resets="flag-reset" in features,
             unpulled=unpulled,
             per_field=config.sync == "per-field",
             foresees=config.sync == "oracle",
@@ -224,6 +231,9 @@ class Pair:
                     info["VM_EXIT_INTR_INFO"] = PAGE_FAULT
                 twin.nested_exit(info)
                 model.nested_exit(argument, info)
+                for name in HOST_STATE:  # what L1 goes on with
+                    loaded = model.host_state[name]
+                    self.same(f"L1's {name}", twin.page.fields.get(name, 0), loaded)
             case "migrate":
                 self.model = self.nvmx(self.config)
                 self.model.set_nested_state(model.get_nested_state())
@@ -238,8 +248,15 @@ class Pair:
                 results = [getattr(x, operation)(*arguments) for x in (twin, model)]
         if results:
             self.same(f"{operation} {argument}", *results)
+        if twin.in_l2 and not was_in_l2:
+            for name in IN_FORCE:  # the controls under which L2 runs
+                wanted = twin.page.fields.get(name, 0)
+                self.same(f"{name} of L2", wanted, self.model.vmcs02.get(name, 0))
         self.model.trace = Trace()  # costs are not compared here, and a copy need not carry them
         self.rare.step(operation, argument, current=current, was_in_l2=was_in_l2, in_l2=twin.in_l2)
+        if twin.in_l2 and "pull-at-dirty-entry" in self.config.kvm.features:
+            # Whether the entry pulled depends on dirty_vmcs12, which the table does not follow.
+            self.rare.stale = self.model.control.need_sync_vmcs02_to_vmcs12_rare
 
     # Comparison.
 
@@ -377,6 +394,41 @@ def any_step(draw: st.DrawFn) -> Step:
 @pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
 def test_the_model_agrees_with_its_twin_on_a_seeded_walk(number: int) -> None:
     run(CONFIGURATIONS[number], walk(number))
+
+
+IDEAS = {
+    "shadow-host-rsp": True,
+    "clean-host-writes": True,
+    "clean-host-writes+no-pull-host-writes": True,
+    "no-pull-host-writes": False,
+    "no-pull-unchecked-writes": False,
+    "no-pull-unchecked-writes+pull-at-dirty-entry": True,
+    "no-pull-unchecked-writes+skip-rare-at-entry": True,
+}
+"""Ideas of changes, and whether nobody can see them."""
+
+
+WRITE_HOST_RSP: tuple[Step, ...] = (
+    *START,
+    ("l2_write", "GUEST_GS_BASE"),
+    ("nested_exit", "CPUID"),
+    ("l1_vmwrite", "HOST_RSP"),
+    ("vmresume", ""),
+    ("nested_exit", "CPUID"),
+)
+
+
+@pytest.mark.parametrize("shadow_vmcs", [True, False])
+@pytest.mark.parametrize("features", IDEAS)
+def test_ideas_that_nobody_can_see_and_others(features: str, shadow_vmcs: bool) -> None:
+    kvm = f"6.1+flag-reset+smm-shadow-sync+{features}"
+    config = Config.of(kvm, shadow_vmcs=shadow_vmcs)
+    if IDEAS[features]:
+        run(config, WRITE_HOST_RSP)
+        run(config, walk(len(features)))
+    else:
+        with pytest.raises(Difference, match=r"GUEST_GS_BASE.*l1_vmwrite HOST_RSP; vmresume\]"):
+            run(config, WRITE_HOST_RSP)
 
 
 @PATIENT
