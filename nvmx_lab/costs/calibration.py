@@ -46,7 +46,7 @@ FITS: Final[Mapping[str, str]] = MappingProxyType(
 WALKERS: Final = 400
 STEPS: Final = 2_000
 _SHOW_PROGRESS_FROM = 400  # steps; fewer take about a second
-_KEPT = 20_000  # draws: as many as a comparison takes
+_KEPT = 40_000  # draws: about as many as the chain is worth
 _LONG_ENOUGH = 50  # autocorrelation times: emcee's own rule
 _L0 = list(PRIMITIVES).index("l0_instructions")
 
@@ -276,7 +276,8 @@ def calibrate(
     moving = by_price.std(axis=(0, 1)) > 0
     convergence = _convergence(by_price[:, :, moving], acceptance)
     flat = by_price.reshape(-1, len(sampled))
-    picked = np.linspace(0, len(flat) - 1, min(_KEPT, len(flat))).round().astype(np.int64)
+    # At random: an even stride would keep a few walkers only.
+    picked = prices.rng(seed, "kept draws").choice(len(flat), min(_KEPT, len(flat)), replace=False)
     return Calibration(
         fit=fit,
         prior=believed,
