@@ -344,3 +344,51 @@ def test_the_series(run, page_of_notebook):
         missed = row["against_claim"] in ("above", "below")
         middle = plot_number(row["cycles_p50"])
         assert (f"{row['patches']} ({middle} simulated, " in said) == missed
+
+
+@pytest.mark.slow
+def test_kernel_stack_randomization(run, page_of_notebook):
+    name = "07_kernel_stack_randomization"
+    notebook = run(name, cpu="icelake-2021")
+    page_of_notebook(notebook, name)
+    said, handed = text_of(notebook), result.published(notebook)
+    pulls = sum(row["pulls"] for row in handed["executed"] if "linux_l2" in row["run"])
+    assert f"{pulls:,} of 7,814 reflected exits made L0 pull (**44.2 %**)" in said
+    wrong = {row["fix"] for row in handed["judged"] if not row["holds"]}
+    assert wrong == {"unpulled host writes", "unpulled writes"}
+    assert all(f"**{fix}** (`" in said for fix in wrong)
+    gains = [row for row in handed["fixes"] if row["cpu"] == "icelake-2021"]
+    right = [g for g in gains if g["fix"] not in wrong | {"without the write"}]
+    best = max(right, key=lambda row: row["closed_p50"])["fix"]
+    assert f"correct fixes **{best}** closes most of the gap" in said
+    for row in handed["write"]:
+        if row["cpu"] == "icelake-2021" and row["part"] == "all":
+            assert f"The write itself costs {plot_number(row['cycles_p50'])} (90 %" in said
+    assert all(f"{fix} (wrong)" in alts(notebook)[2] for fix in wrong)
+
+
+@pytest.mark.slow
+def test_break_even(run, page_of_notebook):
+    name = "06_break_even"
+    notebook = run(name)
+    page_of_notebook(notebook, name)
+    said, handed = text_of(notebook), result.published(notebook)
+    plain, ibpb = (row for row in handed["break_even_rates"] if row["cpu"] == DEFAULT)
+    assert (plain["ibpb"], ibpb["ibpb"]) == (False, True)
+    assert f"**{100 * plain['break_even_rate_p50']:.1f} % of the exits** pull" in said
+    assert f"**{100 * ibpb['break_even_rate_p50']:.1f} %** (" in said
+    at, beside = alts(notebook)[1:]
+    for host, alt, where in ((False, at, "Without"), (True, beside, "With")):
+        on_line = [row for row in handed["mixes"] if row["ibpb"] == host and not row["evmcs"]]
+        beyond = [row for row in on_line if row["pulls_share"] > row["break_even_rate_p50"]]
+        assert f"{where} IBPB, {len(beyond)} of {len(on_line)} mixes are beyond" in said
+        assert f"{len(beyond)} of {len(on_line)} mixes and" in alt
+        for row in on_line:
+            rate, even = row["pulls_share"], row["break_even_rate_p50"]
+            # Medians of a ratio and of a difference need not agree close to break-even.
+            if not 0.8 < rate / even < 1.25:
+                assert (row["round_trip_saving_cycles_p50"] > 0) == (rate < even), row["mix"]
+    for row in handed["executed"]:
+        assert f"{row['run']} pulls after {100 * row['pulls_share']:.1f} %" in (at, beside)[
+            row["ibpb"]
+        ]

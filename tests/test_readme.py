@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from nvmx_lab.costs.calibration import calibrate
+from nvmx_lab.study.how_sure import against_claims
 from nvmx_lab.study.published import against_published
 from nvmx_lab.study.validate import validate
 from nvmx_lab.workload import mixes
@@ -34,3 +36,21 @@ def test_how_far_the_executed_runs_agree():
         assert min(run.agreement[name].exact_share for name in ("vmread", "vmwrite")) >= least
         assert abs(run.agreement["instructions"].ratio - 1) < 0.02
     assert "agree within 2 % in total" in README
+
+
+def test_what_the_claims_and_the_series_say():
+    frame = against_published("cpuid")
+    saving = frame[frame["what"] == "saving"].iloc[0]
+    ends = (saving[f"cycles_{q}"] for q in ("p50", "p05", "p95"))
+    low_to_high = "{:,.0f} ({:,.0f} to {:,.0f})".format(*ends)
+    assert f"{saving['published_cycles']:,.0f} cycles measured, {low_to_high} simulated" in README
+    assert not saving["inside"]
+    calibrated = {fit: calibrate(fit, steps=200) for fit in ("blind", "with-claim")}
+    claims = against_claims(calibrated)
+    target = claims[(claims["fit"] == "blind") & (claims["claim"] == "A")].iloc[0]
+    assert 1.5 < target["times_stated"] < 2.5  # "about twice as much"
+    tested = claims[(claims["fit"] == "with-claim") & ~claims["used"]]
+    tested = tested[tested["verdict"] != "no prediction"]
+    outside = (tested["verdict"] == "outside").sum()
+    said = f"{len(tested)} claims that the calibration did not use, {len(tested) - outside} agree"
+    assert f"{said} with it and {outside} contradict it" in README

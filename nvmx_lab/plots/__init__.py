@@ -16,6 +16,7 @@ from nvmx_lab.plots.kernel_stack import (
     saving_with_and_without,
     savings_of_fixes,
 )
+from nvmx_lab.plots.policies import gap_closed, policy_costs
 from nvmx_lab.plots.power import detectable
 from nvmx_lab.plots.savings import comparison, pull_rate, saving_intervals
 from nvmx_lab.plots.sensitivity import sobol, tornado
@@ -29,6 +30,8 @@ __all__ = [
     "breakdown",
     "comparison",
     "detectable",
+    "gap_closed",
+    "policy_costs",
     "prices",
     "published_totals",
     "pull_rate",

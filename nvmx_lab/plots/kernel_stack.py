@@ -60,12 +60,13 @@ def pulls_by_cause(frame: pd.DataFrame) -> Plot:
         for (l2, state), some in frame.groupby(["l2", "randomization"], sort=False)
     ]
     kinds = {
-        l2: sorted(set(some.loc[some["pulls"] > 0, "kind"])) for l2, some in frame.groupby("l2")
+        str(l2): sorted(set(some.loc[some["pulls"] > 0, "kind"]))
+        for l2, some in frame.groupby("l2")
     }
     tallest = max(map(len, kinds.values()))
     figure, axes = blank(2.1 + 0.3 * tallest, len(panels), sharex=True)
     for axis, (l2, state, some) in zip(axes, panels, strict=True):
-        shown = some.set_index("kind").reindex(kinds[l2])
+        shown = some.set_index("kind").reindex(kinds[str(l2)])
         host = shown["host_rsp"] / shown["exits"] * 100
         other = shown["other"] / shown["exits"] * 100
         places = range(len(shown))
@@ -84,7 +85,7 @@ def pulls_by_cause(frame: pd.DataFrame) -> Plot:
         f"{l2}, randomization {state}: {share(_ratio(largest, 'host_rsp'))} of the exits pull "
         f"because of HOST_RSP, {share(_ratio(largest, 'other'))} for any other reason"
     )
-    figure.supxlabel("exits after which L0 pulled, %", fontsize=10)
+    _label(axes, "exits after which L0 pulled, %")
     entitle(figure, finding)
     said = [
         f"{l2}, randomization {state}: of {some['exits'].sum():,} exits {some['pulls'].sum():,} "
@@ -144,7 +145,7 @@ def saving_with_and_without(frame: pd.DataFrame) -> Plot:
         if len(some)
     ]
     finding = f"What the patch saves per round trip: {', '.join(parts)} cycles"
-    figure.supxlabel(_AXIS, fontsize=10)
+    _label(axes, _AXIS)
     entitle(figure, finding)
     said = [
         f"{row['mix']}, {row['cpu']}, {'with' if row['write'] else 'without'} the write: "
@@ -205,7 +206,7 @@ def savings_of_fixes(frame: pd.DataFrame, wrong: frozenset[str] | set[str] = fro
         closed = right.loc[right["fix"] == best, "closed_p50"]
         ends = list(dict.fromkeys(f"{100 * v:.0f}" for v in (closed.min(), closed.max())))
         finding = f"{best}: {' to '.join(ends)} % of what the write costs is saved"
-    figure.supxlabel(_AXIS, fontsize=10)
+    _label(axes, _AXIS)
     entitle(figure, f"{finding} (prices of {frame['cpu'].iloc[0]})")
     said = [
         f"{mix}: "
@@ -243,6 +244,11 @@ def _intervals(
             linestyle="none",
             label=None if label in known else label,
         )
+
+
+def _label(axes: list[Axes], text: str) -> None:
+    """Label the horizontal axis that all panels share, below the one in the middle."""
+    axes[len(axes) // 2].set_xlabel(text)
 
 
 def _dress(axis: Axes, rows: list[str], mix: str) -> None:

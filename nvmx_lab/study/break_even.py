@@ -239,6 +239,14 @@ def placed(
     drawn = prices.load(cpu).draw(draws, seed)
     chosen = [workload.load(name) for name in mixes or workload.names()]
     both = hosts(kvm)
+    missing = [pulls.unpriced_in(Config.of(host, "lazy"), drawn) for host in both]
+    if all(missing):
+        raise LabError(
+            "a pull has no price",
+            where=f"cpu {drawn.cpu}",
+            got=", ".join(missing[0]),
+            mend="choose another cpu, or give the price in a TOML file of your own",
+        )
     rows: list[dict[str, Any]] = []
     for mix in tqdm(chosen, unit="mix", disable=None, delay=1):
         # An IBPB changes nothing that L0 does (tested), so one simulation serves both hosts.
@@ -247,17 +255,10 @@ def placed(
         saved = (eager.round_trip - lazy.round_trip) / lazy.exits
         without = np.where(_OF_IBPB, 0.0, saved)
         for ibpb, (host, counts) in enumerate(zip(both, (without, saved), strict=True)):
-            config = config_of(mix, host, "lazy")
-            if not pulls.unpriced_in(config, drawn):
+            if not missing[ibpb]:
                 about = {"ibpb": bool(ibpb), "mix": mix.name, "title": mix.title}
+                config = config_of(mix, host, "lazy")
                 rows.append(about | _against_the_line(config, counts, lazy, drawn))
-    if not rows:
-        raise LabError(
-            "a pull has no price",
-            where=f"cpu {drawn.cpu}",
-            got=", ".join(pulls.unpriced_in(Config.of(both[0], "lazy"), drawn)),
-            mend="choose another cpu, or give the price in a TOML file of your own",
-        )
     frame = pd.DataFrame(rows)
     return frame.sort_values(
         ["ibpb", "pulls_share", "mix"], ascending=[True, False, True], ignore_index=True

@@ -28,7 +28,7 @@ def about(kvm: str) -> str:
         text += f", whose own sync is {chosen.sync}; here it is given the lazy one as well"
     known = features()
     if LIGHT_PULL in chosen.features:
-        text += f". Its pulls are light: {known[LIGHT_PULL]['meaning'].removeprefix('a pull ')}"
+        text += f". Its pulls are light ({known[LIGHT_PULL]['meaning']})"
     else:
         text += ". A pull issues an IBPB at each of its switches if the host is set up so"
     return f"{text}. *With IBPB* means: {known['ibpb']['meaning']} ({known['ibpb']['source']})."
@@ -164,10 +164,11 @@ def answer(
 ) -> str:
     """Return what the notebook found, as Markdown."""
     said = [_of_rates(kvm, cpu, rates)]
+    light = bool(rates["light_pull"].all())  # then the hosts do not differ
     said += [
         _of_mixes(placed[placed["ibpb"] == host], executed[executed["ibpb"] == host], host=host)
         for host in _HOST
-        if (placed["ibpb"] == host).any()
+        if (placed["ibpb"] == host).any() and not (host and light)
     ]
     said.append(_of_releases(releases))
     said.append(_of_unknown(cpu, rates))
@@ -201,16 +202,18 @@ def _of_rates(kvm: str, cpu: str, rates: pd.DataFrame) -> str:
 def _of_mixes(placed: pd.DataFrame, executed: pd.DataFrame, *, host: bool) -> str:
     on_line = placed[~placed["evmcs"]]
     beyond = on_line[on_line["pulls_share"] > on_line["break_even_rate_p50"]]
-    text = f"{'With' if host else 'Without'} IBPB, {len(beyond)} of {len(on_line)} mixes are beyond break-even"
+    where = "With" if host else "Without"
+    text = f"{where} IBPB, {len(beyond)} of {len(on_line)} mixes are beyond break-even"
     apart = int(placed["evmcs"].sum())
     if apart:
         text += f" ({apart} more never pull: an enlightened VMCS)"
     if len(executed):
         over = executed[executed["pulls_share"] > executed["break_even_rate_p50"]]
         named = (f"`{row['run']}` ({_share(row['pulls_share'])})" for row in _rows(over))
+        found = {0: "none pulls", 1: "one pulls"}.get(len(over), f"{len(over)} pull")
         text += (
             f". {badge('executed')} Of {_count(len(executed), 'executed run', 'executed runs')}, "
-            f"{len(over)} pull more often than that"
+            f"{found} more often than that"
         )
         text += f": {_listed(named)}" if len(over) else ""
     hopeless = beyond[beyond["bears_switch_cycles_p50"] < 0]

@@ -339,7 +339,8 @@ def run(
 
 def without(stream: Stream, operation: Operation) -> Stream:
     """Return the same round trips in the same order, one operation taken out of each."""
-    kept = [[c for c in codes if stream.alphabet[c] != operation] for codes in stream.words]
+    words = (stream.words[word].tolist() for word in range(len(stream.words)))
+    kept = [[code for code in word if stream.alphabet[code] != operation] for word in words]
     offsets = np.cumsum([0, *map(len, kept)], dtype=np.int64)
     codes = np.array([code for word in kept for code in word], dtype=stream.words.codes.dtype)
     return replace(stream, words=replace(stream.words, offsets=offsets, codes=codes))
@@ -428,7 +429,8 @@ def parts_of_write(runs: Runs) -> dict[str, npt.NDArray[np.float64]]:
     def entries(simulated: Simulated) -> npt.NDArray[np.float64]:
         by_operation = simulated.by_operation
         found = [by_operation[o][:P] for o in by_operation if o.kind in _ENTRIES]
-        return np.sum(found, axis=0) / simulated.exits
+        total: npt.NDArray[np.float64] = np.sum(found, axis=0) / simulated.exits
+        return total
 
     whole = _trip(runs.lazy) - _trip(runs.lazy_without)
     entry = entries(runs.lazy) - entries(runs.lazy_without)

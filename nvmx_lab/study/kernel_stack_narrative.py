@@ -86,7 +86,7 @@ def _same_exits(frame: pd.DataFrame) -> str:
     """Say what the two runs that differ in randomization alone show, kind by kind."""
     keys = ["l2", "kind"]
     on, off = (frame[frame["randomization"] == state].set_index(keys) for state in ("on", "off"))
-    both = on.join(off, lsuffix="_on", rsuffix="_off", how="inner")
+    both = on.merge(off, left_index=True, right_index=True, suffixes=("_on", "_off"))
     both = both[both["host_rsp_on"] > 0]
     if both.empty:
         return ""
@@ -441,9 +441,11 @@ def _of_fixes(right: Sequence[str], frame: pd.DataFrame, cpu: str) -> str:
         return f"- No fix can be recommended here: {why}."
     closed = some.groupby("fix")["closed_p50"].agg(["min", "max"]).sort_values("max")[::-1]
     best, others = closed.index[0], closed.iloc[1:]
+    which = f"Of the {len(closed)} correct fixes **{best}** closes most of the gap"
+    if len(closed) == 1:
+        which = f"The only correct fix, **{best}**, closes part of the gap"
     text = (
-        f"- {badge('simulated')} Of the {len(closed)} correct fixes **{best}** closes most of the "
-        f"gap to an L1 that does not write: "
+        f"- {badge('simulated')} {which} to an L1 that does not write: "
         f"{_range(closed.loc[best, 'min'], closed.loc[best, 'max'])} (`"
         f"{'+'.join(fix(str(best)).features)}`)."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from tqdm import tqdm
 from nvmx_lab.costs import prices
 from nvmx_lab.costs.pricing import interval, price
 from nvmx_lab.errors import LabError, unknown
-from nvmx_lab.nested.config import release
+from nvmx_lab.nested.config import Config, features, release
+from nvmx_lab.nested.explorer import Exploration, explore
 from nvmx_lab.nested.policies import SYNC_POLICIES, Predictor
 from nvmx_lab.nested.primitives import PRIMITIVES
 from nvmx_lab.study.compare import DRAWS, NO_DIFFERENCE_CYCLES, QUANTILES
@@ -49,7 +51,9 @@ NEVER, NOW_AND_THEN, OFTEN, ALWAYS, AT_ONCE = (
 GROUPS: Final = (ALWAYS, OFTEN, NOW_AND_THEN, NEVER, AT_ONCE)
 """Workloads by how often a lazy L0 pulls; an enlightened VMCS never waits for a pull."""
 
-_L0_INSTRUCTIONS: Final = list(PRIMITIVES).index("l0_instructions")
+_SHOWN: Final = ("GUEST_GS_BASE", "GUEST_PENDING_DBG_EXCEPTIONS", "HOST_RSP")
+PRIMITIVE_OF_CPI: Final = "l0_instructions"
+_L0_INSTRUCTIONS: Final = list(PRIMITIVES).index(PRIMITIVE_OF_CPI)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,8 @@ class Workload:
         Round trip, mean per exit.
     group : str
         One of `GROUPS`.
+    drawn_from : str
+        The executed run whose exits a mix draws, if it draws all of one.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Workload:
     rare_vmreads: dict[str, float]
     counts: Float64 = field(repr=False)
     group: str = NEVER
+    drawn_from: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +115,7 @@ class PolicyGaps:
         Returns
         -------
         DataFrame
-            workload, kind, basis, group, exits, lazy_pulls_share; policy, pulls_share,
+            workload, kind, basis, group, exits, drawn_from, lazy_pulls_share; policy, pulls_share,
             rare_vmreads_per_exit; cycles per nested exit, paired over the price draws, as
             ``_p05``, ``_p50``, ``_p95``: ``over_lazy_cycles`` and ``over_oracle_cycles`` (the
             policy minus that), ``gap_cycles`` (lazy minus oracle); ``closed`` (share of the gap
@@ -134,6 +141,7 @@ class PolicyGaps:
                         "basis": one.basis,
                         "group": one.group,
                         "exits": one.exits,
+                        "drawn_from": one.drawn_from,
                         "lazy_pulls_share": one.pulls_share[BASELINE],
                         "policy": policy,
                         "pulls_share": one.pulls_share[policy],
@@ -168,6 +176,15 @@ class PolicyGaps:
                     head = {"kind": kind, "group": group, "workloads": len(some)}
                     rows.append({**head, "policy": policy, **row})
         return pd.DataFrame(rows)
+
+    def assumed_prices(self) -> tuple[str, ...]:
+        """Return the prices without a published basis of what lazy does and the oracle does not."""
+        lazy, oracle = (self.policies.index(name) for name in (BASELINE, BOUND))
+        more = sum(abs(one.counts[lazy] - one.counts[oracle]) for one in self.workloads)
+        occurs = {name for name, count in zip(PRIMITIVES, more, strict=True) if count > 0}
+        needed = {"cpi" if name == PRIMITIVE_OF_CPI else name for name in occurs}
+        known = prices.load(self.cpu).parameters
+        return tuple(n for n in known if n in needed and known[n].basis == "assumed")
 
     def _priced(self, counts: Float64) -> dict[str, dict[str, Any]]:
         """Price what every policy costs over lazy and over the oracle; counts[policies, P]."""
@@ -242,11 +259,29 @@ def policy_gaps(
     return PolicyGaps(kvm, price_list.id, chosen, tuple(done), price_list.draw(draws, seed))
 
 
+def checked(kvm: str, policy: str) -> Exploration:
+    """Explore a policy quickly: one kind of machine, a field of each kind of rare fields.
+
+    On the release with every mend, so that no fault of KVM's own comes first. `nvmx_lab.check` does
+    all fields and machines; for a policy with a large memory that takes minutes.
+
+    Raises
+    ------
+    LabError
+        If a name is unknown, or the policy remembers without a bound.
+    """
+    config = Config.of(kvm, policy)
+    mends = {name for name, feature in features().items() if "mends" in feature}
+    mended = replace(config.kvm, features=config.kvm.features | mends)
+    return explore(replace(config, kvm=mended), fields=_SHOWN, each_field=False)
+
+
 def _of_mix(name: str, kvm: str, policies: Sequence[str], exits: int, seed: int) -> Workload:
     mix = workload.load(name)
     configs = [config_of(mix, kvm, policy) for policy in policies]
     simulated = simulate(mix.stream(exits, seed), configs)
-    return _workload(name, MIXES, mix.basis, simulated)
+    whole = re.fullmatch(r"executed run (\w+) \([^)]*\)", mix.source)
+    return _workload(name, MIXES, mix.basis, simulated, drawn_from=whole[1] if whole else "")
 
 
 def _of_run(name: str, kvm: str, policies: Sequence[str], exits: int, seed: int) -> Workload:
@@ -257,7 +292,9 @@ def _of_run(name: str, kvm: str, policies: Sequence[str], exits: int, seed: int)
     return _workload(name, RUNS, "executed", simulate(run.stream, configs, allow_unknown=True))
 
 
-def _workload(name: str, kind: str, basis: str, simulated: Sequence[Simulated]) -> Workload:
+def _workload(
+    name: str, kind: str, basis: str, simulated: Sequence[Simulated], *, drawn_from: str = ""
+) -> Workload:
     exits = simulated[0].exits
     lazy = next(s for s in simulated if s.config.sync == BASELINE)
     return Workload(
@@ -269,6 +306,7 @@ def _workload(name: str, kind: str, basis: str, simulated: Sequence[Simulated]) 
         rare_vmreads={s.config.sync: s.counter("rare_vmread") / exits for s in simulated},
         counts=np.array([s.round_trip[:P] for s in simulated]) / exits,
         group=AT_ONCE if lazy.config.evmcs else _group(lazy.expected_pulls_share),
+        drawn_from=drawn_from,
     )
 
 

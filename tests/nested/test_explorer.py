@@ -10,10 +10,13 @@ import pytest
 from nvmx_lab import vmcs
 from nvmx_lab.errors import LabError
 from nvmx_lab.nested.config import Config, features, releases
+from nvmx_lab.nested.diagram import diagram
 from nvmx_lab.nested.explorer import ENVIRONMENTS, Exploration, Finding, explore
+from nvmx_lab.nested.mutants import mutant
 from nvmx_lab.nested.policies import SYNC_POLICIES
 from nvmx_lab.nested.replay import Replay, replay
 from nvmx_lab.nested.steps import Step, exit_reasons, parse, steps
+from nvmx_lab.nested.story import story
 
 pytestmark = pytest.mark.xdist_group("explorer")  # what is explored is kept for all tests here
 
@@ -291,3 +294,41 @@ def test_progress_is_told_class_by_class() -> None:
     exploration = explore(Config.of("6.1", evmcs=True), advance=told.append)
     assert len(told) == exploration.classes
     assert sum(told) == exploration.transitions
+
+
+# -- what the CPU takes from the VMCS without being asked --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mutation", "field", "ends"),
+    [
+        ("host-state-from-memory", "HOST_RIP", ("EXIT", "VMLAUNCH", "VMRESUME")),
+        ("only-guest-writes-dirty", "CR4_GUEST_HOST_MASK", ("VMLAUNCH", "VMRESUME")),
+    ],
+)
+def test_host_state_at_exit_and_controls_at_entry_are_seen(
+    mutation: str, field: str, ends: tuple[str, ...]
+) -> None:
+    """No VMREAD shows these: the last step is the exit or the entry itself."""
+    wrong = mutant(mutation)
+    found_ = explore(wrong.config, wrong.nvmx, fields=(field,), each_field=False).findings
+    assert {finding.wrong for finding in found_} <= {STALE, UNINITIALISED, OTHER}
+    assert found_
+    assert all(finding.steps[-1].word in ends for finding in found_)
+    field = found_[0].field  # one of its class
+    played = replay(wrong.config, found_[0].steps, field, wrong.nvmx)
+    assert played.failed
+    assert played.wrong == found_[0].wrong
+    how = "L1 goes on with" if mutation == "host-state-from-memory" else "L2 runs under"
+    assert how in " ".join(story(played).split())
+    assert field in diagram(played)
+
+
+@pytest.mark.slow
+def test_all_right_ideas_together_are_right() -> None:
+    """Every field, and every step about each: some of these changes ask for a field by name."""
+    ideas = "shadow-host-rsp clean-host-writes no-pull-host-writes no-pull-unchecked-writes"
+    kvm = "+".join([MENDED, *ideas.split(), "skip-rare-at-entry"])
+    exploration = explore(Config.of(kvm), without=("SMI", "RSM"))
+    assert exploration.complete
+    assert exploration.ok

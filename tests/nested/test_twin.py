@@ -727,6 +727,7 @@ NOT_WALKED = {
     "flag-not-set-at-smi": "SMI",
     "smi-does-not-sync": "SMI",
     "cr3-written-when-l2-runs": "an entry into HLT",
+    "only-guest-writes-dirty": "one control field of many, and nothing that pulls beside it",
     "user-space-gets-old-shadow": "a signal between nested exit and entry of L1",
 }
 # Where one field alone shows it, the first walk that happens upon that field.
