@@ -392,3 +392,22 @@ def test_break_even(run, page_of_notebook):
         assert f"{row['run']} pulls after {100 * row['pulls_share']:.1f} %" in (at, beside)[
             row["ibpb"]
         ]
+
+
+@pytest.mark.slow
+def test_better_policies(run, page_of_notebook):
+    name = "08_better_policies"
+    notebook = run(name)
+    page_of_notebook(notebook, name)
+    rows = result.published(notebook)["policies"]
+    whole = {(r["kind"], r["policy"]): r for r in rows if r["group"] == "all"}
+    said = text_of(notebook)
+    for kind, plural in (("mix", "mixes"), ("executed run", "executed runs")):
+        able = [r for (k, p), r in whole.items() if k == kind and p not in ("lazy", "oracle")]
+        best = min(able, key=lambda row: row["over_lazy_cycles_p50"])
+        less = plot_number(-best["over_lazy_cycles_p50"])
+        assert f"{plural} `{best['policy']}` takes {less} (" in said
+        assert f"less with {best['policy']} over all {plural}" in alts(notebook)[1]
+    assert "`last-exit`: every reachable state visited" in said
+    assert "class LastExit(Predictor):" in said
+    assert "**Nobody has tried any of these policies but eager and lazy on a kernel.**" in said

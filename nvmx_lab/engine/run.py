@@ -98,25 +98,24 @@ def lift(automaton: Tables, offsets: Int64, codes: npt.NDArray[np.uint16]) -> Li
     table = automaton.next_state
     starts, stops = offsets[:-1], offsets[1:]
     length = int(np.max(stops - starts))
-    boundary = [0]
-    index = {0: 0}
+    boundary: list[int] = []
     rows: list[Int64] = []
-    for start in boundary:  # grows while it is walked
-        state = np.full(starts.size, start, np.int64)
-        for step in range(length):  # all words at once, one operation further each time
-            at = starts + step
-            live = at < stops
-            state[live] = table[state[live], codes[at[live]]]
-            if np.min(state) < 0:  # the kernels do not look: a wrong index there reads anywhere
+    found = [0]
+    while found:  # all starts found by the last round, and all words, at once
+        boundary += found
+        state = np.repeat(np.array(found, np.int64)[:, None], starts.size, axis=1)
+        for step in range(length):  # one operation further each time
+            live = np.flatnonzero(starts + step < stops)
+            after = table[state[:, live], codes[starts[live] + step]]
+            if np.min(after) < 0:  # the kernels do not look: a wrong index there reads anywhere
                 raise ValueError("the automaton has not visited all words: visit_words first")
-        for after in np.unique(state).tolist():
-            if after not in index:
-                index[after] = len(boundary)
-                boundary.append(after)
+            state[:, live] = after
         rows.append(state)
+        known = set(boundary)
+        found = [each for each in np.unique(state).tolist() if each not in known]
     renumber = np.full(table.shape[0], -1, np.int32)
     renumber[boundary] = np.arange(len(boundary))
-    return Lifted(np.array(boundary, np.int32), renumber[np.array(rows)])
+    return Lifted(np.array(boundary, np.int32), renumber[np.concatenate(rows)])
 
 
 def visits(

@@ -105,9 +105,8 @@ class Predictor(SyncPolicy):
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse attributes: states are revisited."""
-        raise LabError(
-            "a predictor has attributes of its own", got=name, mend="return it as learned"
-        )
+        mend = "return it from `learn`"
+        raise LabError("a predictor has attributes of its own", got=name, mend=mend)
 
     def at_exit(self, l0: Nvmx, reason: str, *, foreseen: bool) -> bool:
         """Stay unless L1 is expected to need them, or L0 itself forces the exit."""

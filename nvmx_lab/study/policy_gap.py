@@ -190,7 +190,8 @@ class PolicyGaps:
         """Price what every policy costs over lazy and over the oracle; counts[policies, P]."""
         lazy, oracle = (counts[self.policies.index(name)] for name in (BASELINE, BOUND))
         over_lazy = price(counts - lazy, self._drawn).values
-        gap = price(lazy - oracle, self._drawn).values
+        over_oracle = price(counts - oracle, self._drawn).values
+        gap = over_oracle[self.policies.index(BASELINE)]
         prediction = np.zeros(P)
         prediction[_L0_INSTRUCTIONS] = PREDICTION_INSTRUCTIONS
         assumed = float(interval(price(prediction, self._drawn)).p50)
@@ -201,7 +202,7 @@ class PolicyGaps:
             guesses = issubclass(SYNC_POLICIES[policy], Predictor)
             out[policy] = {
                 **_quantiles("over_lazy_cycles", over_lazy[k]),
-                **_quantiles("over_oracle_cycles", over_lazy[k] + gap),
+                **_quantiles("over_oracle_cycles", over_oracle[k]),
                 **_quantiles("gap_cycles", gap),
                 **_quantiles("closed", None if closed is None else closed[k]),
                 "prediction_cycles_p50": assumed if guesses else 0.0,

@@ -164,7 +164,7 @@ def simulate(
         pairs = run.pair_visits(automaton, walk.lifted, visits, words.offsets, words.codes)
         by_operation = {}
         vectors, ids = automaton.counts, automaton.count_id
-        for code in np.flatnonzero(pairs.sum(axis=0)):
+        for code in np.flatnonzero(pairs.sum(axis=0)).tolist():
             states = np.flatnonzero(pairs[:, code])
             operation = automaton.alphabet[code]
             by_operation[operation] = pairs[states, code] @ vectors[ids[states, code]]

@@ -12,8 +12,19 @@ from nvmx_lab.errors import LabError
 from nvmx_lab.nested import flows
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.explorer import explore
-from nvmx_lab.nested.model import MAJOR_CONTROLS, Nvmx
-from nvmx_lab.nested.policies import SYNC_POLICIES, Oracle, PerField, SyncPolicy, register
+from nvmx_lab.nested.model import MAJOR_CONTROLS, Nvmx, Trace
+from nvmx_lab.nested.policies import (
+    RARE_GROUPS,
+    SYNC_POLICIES,
+    TRACKED_REASONS,
+    ByReason,
+    Oracle,
+    PerField,
+    Predictor,
+    SyncPolicy,
+    rare_group,
+    register,
+)
 from nvmx_lab.nested.replay import replay
 
 BASE = "6.1+flag-reset+smm-shadow-sync"  # on which the explorer finds nothing
@@ -325,3 +336,132 @@ def test_a_policy_that_is_wrong_for_one_field_or_reason_is_caught(
 def test_a_policy_that_keeps_its_memory_to_itself_is_refused() -> None:
     with registered(KeepsToItself) as name, pytest.raises(LabError, match="attributes of its own"):
         explore(Config.of(BASE, name), without=USER_SPACE, fields=SHOWS)
+
+
+# -- policies of the package -------------------------------------------------------------------
+
+
+def in_l1(sync: str, reason: str = "CPUID") -> Nvmx:
+    """Return L0 after an exit."""
+    l0 = Nvmx(Config.of(BASE, sync))
+    l0.start()
+    l0.nested_exit(reason)
+    l0.trace = Trace()
+    return l0
+
+
+def test_the_groups_share_out_the_rare_fields() -> None:
+    of_groups = [name for group in RARE_GROUPS for name in rare_group(group)]
+    assert sorted(of_groups) == sorted(vmcs.rare())
+    assert {len(rare_group(ending)) for ending in ("_SELECTOR", "_AR_BYTES")} <= {6, 7, 8}
+    assert "GUEST_GDTR_LIMIT" in rare_group("_LIMIT")
+    assert "GUEST_IDTR_BASE" in rare_group("_BASE")
+
+
+def test_a_group_is_fetched_once_and_the_flag_goes_with_the_last() -> None:
+    l0 = in_l1("group-wise")
+    read = 0
+    for number, ending in enumerate(RARE_GROUPS):
+        assert needs_sync(l0)
+        names = sorted(rare_group(ending).intersection(l0.rare))
+        read += len(names)
+        for name in names[:2]:
+            l0.l1_vmread(name)
+        assert (l0.trace.pulls, l0.trace.rare_vmreads) == (number + 1, read)
+    assert not needs_sync(l0)
+    assert read == len(l0.rare)
+    l0.vmresume()
+    l0.nested_exit("HLT")
+    l0.trace = Trace()
+    l0.l1_vmread("GUEST_GS_BASE")
+    l0.l1_vmwrite("HOST_RSP", 1)
+    l0.l1_vmwrite("HOST_RSP", 2)
+    assert (l0.trace.pulls, l0.trace.rare_vmreads) == (2, len(l0.rare)), "the rest, not all again"
+
+
+def guesses(sync: str, exits: list[tuple[str, bool]]) -> list[bool]:
+    """Return at which exits a policy copies; each is a reason, and whether L1 needs a field."""
+    l0 = Nvmx(Config.of(BASE, sync))
+    l0.start()
+    copied = []
+    for reason, needed in exits:
+        l0.nested_exit(reason)
+        copied.append(not needs_sync(l0))
+        if needed:
+            l0.l1_vmread("GUEST_GS_BASE")
+            l0.l1_vmread("GUEST_GS_BASE")  # twice is no more than once
+        l0.vmresume()
+    return copied
+
+
+def test_adaptive_needs_two_exits_to_learn_and_two_to_forget() -> None:
+    exits = [("HLT", x) for x in (True, True, True, True, False, True, False, False, False)]
+    assert guesses("adaptive", exits) == [False, False, *[True] * 6, False]
+
+
+def test_by_reason_learns_of_each_reason_alone() -> None:
+    exits = [("HLT", True), ("CPUID", False)] * 4
+    assert guesses("by-reason", exits) == [False] * 4 + [True, False] * 2
+    assert guesses("adaptive", exits) == [False] * 8, "half of all exits is not enough"
+
+
+def test_by_reason_keeps_the_reasons_that_need_most_whatever_came_first() -> None:
+    learned = ByReason.first
+    policy = ByReason()
+    for round_ in range(60):
+        for reason in ("RARELY", *["OFTEN"] * 9, *["NOW AND THEN"] * 4)[round_ % 3 :]:
+            learned = policy.learn(learned, reason, needed=True)
+            assert len(learned) <= TRACKED_REASONS
+            assert all(1 <= count <= 3 for _, count in learned)
+    assert policy.expect(learned, "OFTEN") or policy.expect(learned, "NOW AND THEN")
+    for _ in range(3):
+        learned = policy.learn(learned, "OFTEN", needed=False)
+    assert not policy.expect(learned, "OFTEN")
+
+
+def test_an_exit_that_l0_forces_is_not_guessed_at_and_teaches_nothing() -> None:
+    l0 = Nvmx(Config.of(BASE, "adaptive"))
+    l0.start()
+    for _ in range(3):
+        l0.nested_exit("HLT")
+        l0.l1_vmread("GUEST_GS_BASE")
+        l0.vmresume()
+    before = l0.control.policy_memory
+    l0.smi()
+    assert needs_sync(l0)
+    l0.rsm()
+    assert l0.control.policy_memory == before
+
+
+class Undecided(Predictor):
+    """Says neither yes nor no."""
+
+    def expect(self, learned: object, reason: str) -> bool:
+        return None  # type: ignore[return-value]
+
+    def learn(self, learned: object, reason: str, *, needed: bool) -> None:
+        return None
+
+
+class KeepsForItself(Predictor):
+    """Keeps what it learns in an attribute."""
+
+    def expect(self, learned: object, reason: str) -> bool:
+        return False
+
+    def learn(self, learned: object, reason: str, *, needed: bool) -> None:
+        self.last = needed
+
+
+def test_a_predictor_that_is_none_is_refused() -> None:
+    for policy, what in ((Undecided, "True or False"), (KeepsForItself, "attributes of its own")):
+        with registered(policy) as name, pytest.raises(LabError, match=what):
+            guesses(name, [("HLT", True)])
+    with pytest.raises(LabError, match="hook"):
+
+        @register("never-registered")
+        class Touches(Predictor):
+            def before_vmread(self, l0: Nvmx, name: str) -> None:
+                pass
+
+    assert "never-registered" not in SYNC_POLICIES

