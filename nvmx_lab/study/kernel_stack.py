@@ -26,8 +26,9 @@ from nvmx_lab.nested.counterexample import Counterexample
 from nvmx_lab.nested.explorer import Exploration, explore
 from nvmx_lab.nested.ops import Kind, Operation
 from nvmx_lab.nested.primitives import COUNTERS
-from nvmx_lab.nested.replay import Replay
+from nvmx_lab.nested.replay import Replay, replay
 from nvmx_lab.nested.round_trip import round_trip
+from nvmx_lab.nested.steps import parse
 from nvmx_lab.study.compare import DRAWS, QUANTILES, verdict
 from nvmx_lab.study.simulate import P, Simulated, config_of, reader_and_pull_counts, simulate
 from nvmx_lab.workload import mixes as workload
@@ -51,6 +52,14 @@ SEARCHED: Final = (
     "CR4_GUEST_HOST_MASK",  # a control that a dirty entry alone writes
 )
 """A field of each kind that the changes treat differently."""
+
+
+SECOND_STATE: Final = tuple(
+    parse(step)
+    for step in ("VMXON", "SET_NESTED_STATE L2", "SET_NESTED_STATE L2", "L2_READ GUEST_GS_BASE")
+)
+"""User space restores a state in which L2 runs, into a vCPU whose L2 ran: the flag of the old
+vmcs02 is set, and the entry from the new state is dirty."""
 
 
 @dataclass(frozen=True)
@@ -530,11 +539,15 @@ class Judgement:
         What was searched, and what was found.
     replay : Replay or None
         The shortest counterexample; None if there is none.
+    needs_flag_reset : bool
+        Whether it fails in `SECOND_STATE` without the mend ``flag-reset``, which no release has.
+        The release as it is does not fail there.
     """
 
     fix: Fix
     exploration: Exploration = field(repr=False)
     replay: Replay | None = field(repr=False)
+    needs_flag_reset: bool = False
 
     @property
     def holds(self) -> bool:
@@ -550,6 +563,7 @@ class Judgement:
             "holds": self.holds,
             "complete": self.exploration.complete,
             "states": self.exploration.states,
+            "needs_flag_reset": self.needs_flag_reset,
             "steps": "; ".join(map(str, steps)),
         }
 
@@ -589,7 +603,10 @@ def judge(
         found = explore(config, fields=fields, without=without, each_field=False)
         shortest = min(found.findings, key=lambda f: len(f.steps), default=None)
         told = Counterexample.of(shortest).replay() if shortest else None
-        out.append(Judgement(each, found, told))
+        others = [name for name in mends if name != "flag-reset"]
+        unmended = Config.of(with_features(kvm, (*others, *each.features)), "lazy")
+        needs = replay(unmended, SECOND_STATE, SECOND_STATE[-1].arg).failed
+        out.append(Judgement(each, found, told, needs))
     return out
 
 

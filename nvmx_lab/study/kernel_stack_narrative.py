@@ -330,6 +330,14 @@ def of_rules(found: Sequence[Judgement]) -> str:
         "- The search looks at what L1 gets as its host state after each exit, and at the controls "
         "under which L2 is entered: a change that left them old would be seen."
     )
+    needing = [each.fix.name for each in found if each.holds and each.needs_flag_reset]
+    if needing:
+        lines.append(
+            f"- {badge('simulated')} By trusting the flag at an entry, {_listed(needing)} need"
+            f"{'s' if len(needing) == 1 else ''} the mend `flag-reset`, which no release has: "
+            "without it the flag outlives vmcs02, and restoring a state in which L2 runs over one "
+            "in which it ran gives L2 wrong rare fields. KVM as it is stays right there."
+        )
     return "\n".join(lines)
 
 
@@ -428,7 +436,8 @@ def answer(
         )
     lines.append(
         f"- {badge('assumed')} Correct means: nobody sees a wrong value in any state of the model "
-        "that the search reaches, on a machine with VMCS shadowing. No fix was tried on a kernel."
+        "that the search reaches, following a field of each kind, with every known mend, on a "
+        "machine with VMCS shadowing. No fix was tried on a kernel."
     )
     return "\n".join(lines)
 

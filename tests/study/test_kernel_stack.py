@@ -16,6 +16,7 @@ from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.model import Nvmx
 from nvmx_lab.nested.ops import Kind
 from nvmx_lab.nested.primitives import COUNTERS
+from nvmx_lab.nested.replay import replay
 from nvmx_lab.nested.round_trip import round_trip
 from nvmx_lab.study import kernel_stack as study
 from nvmx_lab.study import kernel_stack_narrative as narrative
@@ -260,6 +261,8 @@ def test_judgements_of_a_right_and_a_wrong_fix(judged):
     assert list(table["correct?"]) == ["holds", "fails in 7 steps"]
     assert "it cannot be left out" in narrative.of_rules(judged)
     assert "leaves the rare fields alone" not in narrative.of_rules(judged)
+    assert right.needs_flag_reset
+    assert "unpulled writes + pull at entry needs the mend" in narrative.of_rules(judged)
     assert "L1 sees a stale GUEST_GS_BASE" in " ".join(narrative.stories(judged).split())
 
 
@@ -280,3 +283,14 @@ def test_the_answer_recommends_no_fix_that_fails(runs, logged, judged):
     assert "nan" not in said
     with pytest.raises(LabError, match="one price list"):
         narrative.answer(logged, saved, costs, judged, pd.concat([gains, unpriced]))
+
+
+def test_only_what_trusts_the_flag_at_an_entry_needs_it_reset():
+    def fails(kvm, features):
+        config = Config.of(study.with_features(kvm, features), "lazy")
+        return replay(config, study.SECOND_STATE, "GUEST_GS_BASE").failed
+
+    assert not fails("6.1", ())
+    needing = {fix.name for fix in study.FIXES if fails("6.1", fix.features)}
+    assert needing == {"unpulled writes + pull at entry", "unpulled writes + skip at entry"}
+    assert not any(fails("6.1+flag-reset", fix.features) for fix in study.FIXES)
