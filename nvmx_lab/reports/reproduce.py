@@ -119,7 +119,9 @@ def reproduce(
     def planned(notebook: str, name: str, **more: Any) -> batch.Task:
         path = folder / f"{notebook}.ipynb"
         known = notebook_parameters.NOTEBOOKS[notebook].model_fields
-        given = {key: value for key, value in shared.items() if key in known}
+        # Beyond the main job a notebook keeps defaults of its own unless somebody gave another.
+        asked = parameters if notebook in BEYOND else shared
+        given = {key: value for key, value in asked.items() if key in known}
         return batch.plan(path, {**given, **more}, name=name, fingerprint=fingerprint)
 
     tasks = [

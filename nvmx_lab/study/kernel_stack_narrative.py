@@ -303,7 +303,8 @@ def of_rules(found: Sequence[Judgement]) -> str:
     lines = [
         "The pull before a VMWRITE protects two things: a rare field that L1 writes (a later pull "
         "would crush it), and the rare fields of vmcs12 that a dirty entry writes to vmcs02 (they "
-        "would be old)."
+        "would be old).",
+        "",
     ]
     if both("clean and unpulled host writes", "unpulled host writes"):
         lines.append(

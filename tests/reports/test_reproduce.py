@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 
-from nvmx_lab import files
+from nvmx_lab import files, notebook_parameters
 from nvmx_lab.errors import LabError
 from nvmx_lab.reports import batch, reproduce
 from nvmx_lab.workload import mixes
@@ -114,3 +114,22 @@ def test_report_without_a_good_summary_is_a_failure(folder, tmp_path, page_of, p
     assert made.exit_status == 1
     page = page_of(made.index.read_text("utf-8"))
     assert "Not made" in page.text["h2"]
+
+
+def test_all_adds_the_notebooks_beyond_the_main_job(tmp_path, monkeypatch):
+    planned = []
+
+    def run(tasks, held, jobs):
+        planned.extend(tasks)
+        return batch.Outcome([], [])
+
+    monkeypatch.setattr(batch, "run", run)
+    reproduce.reproduce(["cpuid"], out=tmp_path, everything=True, cpu="haswell-2013")
+    by_name = {task.notebook: task.parameters for task in planned}
+    assert set(by_name) == set(notebook_parameters.NOTEBOOKS)
+    policies = by_name["08_better_policies"]
+    assert policies["cpu"] == "haswell-2013"
+    assert policies["exits"] == notebook_parameters.BetterPolicies().exits
+    planned.clear()
+    reproduce.reproduce(["cpuid"], out=tmp_path)
+    assert {task.notebook for task in planned} == set(by_name) - set(reproduce.BEYOND)
