@@ -352,7 +352,8 @@ def calibrate(fit: str, seed: int, steps: int, out: Path | None, fmt: str) -> No
     else:
         _show(claims, fmt)
     if not found.convergence.ok:
-        click.echo("not converged: give more --steps", err=True)
+        enough = found.convergence.enough_steps
+        click.echo(f"not converged, nothing written: give --steps {enough} or more", err=True)
         sys.exit(1)
     if out is not None:
         calibration.save(found, out, seed=seed)

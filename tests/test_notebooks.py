@@ -411,3 +411,22 @@ def test_better_policies(run, page_of_notebook):
     assert "`last-exit`: every reachable state visited" in said
     assert "class LastExit(Predictor):" in said
     assert "**Nobody has tried any of these policies but eager and lazy on a kernel.**" in said
+
+
+@pytest.mark.slow
+def test_how_sure(run, page_of_notebook):
+    """The sampler is cut short, so the page must say that it has not converged."""
+    notebook = run("04_how_sure", steps=100)
+    page_of_notebook(notebook, "04_how_sure")
+    said = text_of(notebook)
+    claims = {(r["fit"], r["claim"]): r for r in result.published(notebook)["claims"]}
+    held = [r for (fit, _), r in claims.items() if fit == "with-claim" and not r["used"]]
+    outside = [r["claim"] for r in held if r["verdict"] == "outside"]
+    told = [r for r in held if r["verdict"] != "no prediction"]
+    assert f"Of {len(told)} claims held out" in said
+    assert f"{len(outside)} contradict**" in said
+    assert "**What would settle it:** time 1 and 35 back-to-back VMREADs" in said
+    assert "on one named Intel host" in said
+    assert "has not converged" in said
+    assert f"{claims['blind', 'A']['cycles_p50']:,.0f}" in said
+    assert len(alts(notebook)) == 4

@@ -13,6 +13,7 @@ number adds, and that one price per VMREAD cannot explain the claims.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,6 +84,11 @@ class Convergence:
             f"{self.autocorrelation_steps:.0f} steps: {self.effective_draws:,.0f} effective draws; "
             f"split R-hat {self.worst_r_hat:.4f}"
         )
+
+    @property
+    def enough_steps(self) -> int:
+        """Steps that would do by the autocorrelation time found, with a fifth to spare."""
+        return 100 * math.ceil(1.2 * _LONG_ENOUGH * self.autocorrelation_steps / 100)
 
     @property
     def ok(self) -> bool:

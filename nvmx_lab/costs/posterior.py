@@ -84,6 +84,8 @@ def read(path: Path) -> Posterior:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        raise LabError("no such file", where=path)
     try:
         table = pq.read_table(path)
     except OSError as error:

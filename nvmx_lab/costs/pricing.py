@@ -128,7 +128,8 @@ def price(counts: ArrayLike, draws: Draws, *, allow_unknown: bool = False) -> Cy
             "no total: a price is unknown",
             where=f"cpu {draws.cpu}",
             got=", ".join(missing),
-            mend="choose another cpu, give the price in a TOML file of your own, "
+            mend="choose another cpu, give the price in a TOML file of your own or name a `base` "
+            "there that has it (nvmx-lab cpus import --base), "
             "or ask for the total without it",
         )
     # An unknown price of something that never happens is no obstacle, but 0 * NaN is NaN.

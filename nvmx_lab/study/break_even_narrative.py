@@ -203,7 +203,7 @@ def _of_mixes(placed: pd.DataFrame, executed: pd.DataFrame, *, host: bool) -> st
     on_line = placed[~placed["evmcs"]]
     beyond = on_line[on_line["pulls_share"] > on_line["break_even_rate_p50"]]
     where = "With" if host else "Without"
-    text = f"{where} IBPB, {len(beyond)} of {len(on_line)} mixes are beyond break-even"
+    text = f"{where} IBPB, {len(beyond)} of {len(on_line)} mixes are beyond break-even (medians)"
     apart = int(placed["evmcs"].sum())
     if apart:
         text += f" ({apart} more never pull: an enlightened VMCS)"
@@ -212,8 +212,9 @@ def _of_mixes(placed: pd.DataFrame, executed: pd.DataFrame, *, host: bool) -> st
         named = (f"`{row['run']}` ({_share(row['pulls_share'])})" for row in _rows(over))
         found = {0: "none pulls", 1: "one pulls"}.get(len(over), f"{len(over)} pull")
         text += (
-            f". {badge('executed')} Of {_count(len(executed), 'executed run', 'executed runs')}, "
-            f"{found} more often than that"
+            f". Of {_count(len(executed), 'run', 'runs')} whose pull rate is {badge('executed')} "
+            f"(on KVM 6.1, priced here as if that were L0's rate on the KVM of this page), {found} "
+            "more often than that median"
         )
         text += f": {_listed(named)}" if len(over) else ""
     hopeless = beyond[beyond["bears_switch_cycles_p50"] < 0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nvmx_lab.errors import LabError
 from nvmx_lab.nested.story import story
 from nvmx_lab.study.kernel_stack import (
+    WITHOUT,
     WRITE_PARTS,
     Judgement,
     executed_totals,
@@ -371,7 +372,10 @@ def verdicts(found: Sequence[Judgement], frame: pd.DataFrame) -> pd.DataFrame:
             "correct?": [said.get(row["fix"], "–") for row in rows],
             "exits that pull": [_share(row["pulls_share"]) for row in rows],
             "saved against lazy": [_interval(row, "lazy") for row in rows],
-            "saved against eager": [_interval(row, "eager") for row in rows],
+            # Of an L1 that does not write, the eager L0 would be one without the write too.
+            "saved against eager": [
+                "–" if row["fix"] == WITHOUT else _interval(row, "eager") for row in rows
+            ],
             "gap closed": [_shares(row, "closed") for row in rows],
         }
     )

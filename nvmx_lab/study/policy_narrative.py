@@ -214,7 +214,14 @@ def answer(gaps: PolicyGaps, frame: pd.DataFrame, overall: pd.DataFrame) -> str:
         Of its `to_frame` and `overall`.
     """
     kinds = list(dict.fromkeys(overall["kind"]))
-    lines = [_headline(overall[overall["group"] == _ALL]), ""]
+    without = frame[frame["policy"] == BASELINE]
+    none = int(without["closed_p50"].isna().sum())
+    lines = [
+        f"{_headline(overall[overall['group'] == _ALL])} On {none} of {len(without)} workloads "
+        f"lazy is within {NO_GAP_CYCLES:.0f} cycles of the oracle: nothing to gain there, and a "
+        "guess costs what it costs.",
+        "",
+    ]
     lines += [f"- {text}" for kind in kinds for text in _where_it_matters(overall, kind)]
     own = frame[~frame["policy"].isin([BASELINE, BOUND])]
     wide = own[own["closed_p50"].notna()]
@@ -227,14 +234,11 @@ def answer(gaps: PolicyGaps, frame: pd.DataFrame, overall: pd.DataFrame) -> str:
             f"- {badge('assumed')} What a pull costs rests on prices that nobody has published: "
             f"{names}. {_of_draws(overall)}"
         )
-    without = frame[frame["policy"] == BASELINE]
-    none = int(without["closed_p50"].isna().sum())
     lines += [
         "",
         f"{badge('simulated')} Counts by the model, cycles by the prices of {gaps.cpu}. Each "
-        "workload weighs the same, which those of no real host do. On "
-        f"{none} of {len(without)} the gap is below {NO_GAP_CYCLES:.0f} cycles, and no share of it "
-        "is given. **Nobody has tried any of these policies but eager and lazy on a kernel.**",
+        "workload weighs the same, which those of no real host do. **Nobody has tried any of these "
+        "policies but eager and lazy on a kernel.**",
     ]
     return "\n".join(lines)
 
@@ -332,7 +336,7 @@ def _of_order(frame: pd.DataFrame) -> list[str]:
     if said:
         text += f" Drawn, and in the order that was executed, close: {_listed(said)}."
     return [
-        f"{badge('executed')} {text} A micro-guest that repeats each kind of exit is easier to "
+        f"{badge('simulated')} {text} A micro-guest that repeats each kind of exit is easier to "
         "guess than a workload; a Linux that boots is the better test."
     ]
 

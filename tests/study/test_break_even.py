@@ -263,7 +263,7 @@ def test_answer_says_what_the_numbers_say(kvm, cpu, said):
     assert said in plain
     row = rates.iloc[0]
     assert f"**{100 * row['break_even_rate_p50']:.1f} % of the exits**" in plain
-    assert "Without IBPB, 1 of 3 mixes are beyond break-even (1 more never pull" in plain
+    assert "Without IBPB, 1 of 3 mixes are beyond break-even (medians) (1 more never pull" in plain
     differ = (kvm, cpu) == ("5.3", "skylake-2015")
     assert ("With IBPB, 1 of 3" in plain) == differ == ("With IBPB," in plain)
     assert "Without a price of a pull: netburst-2005 (vmptrld)." in plain

@@ -98,7 +98,8 @@ def test_the_texts_say_what_the_frames_say(fits, judged, priced):
         (judged["fit"] == "with-claim") & ~judged["used"] & (judged["verdict"] != "no prediction")
     ]
     outside = list(tested[tested["verdict"] == "outside"]["claim"])
-    assert f"{len(tested) - len(outside)} of {len(tested)} claims agree" in said
+    assert f"Of {len(tested)} claims held out" in said
+    assert f"{len(outside)} contradict** ({', '.join(outside[:-1])} and {outside[-1]})" in said
     assert all(f"{claim} is predicted" in said for claim in outside)
     assert "has not converged" in said  # 150 steps are few
     assert "`vmread_next`" in said
