@@ -209,3 +209,13 @@ def test_what_is_no_posterior_is_refused(tmp_path, content):
         prices.load(path)
     with pytest.raises(LabError, match="no such file"):
         prices.load(tmp_path / "none.parquet")
+
+
+def test_a_lower_bound_is_met_by_whatever_lies_above_it():
+    predicted = np.array([[0.0, 50.0, 100.0, 1e4]])
+    stated, sd = np.array([100.0]), np.array([10.0])
+    bound = calibration.log_likelihood(predicted, stated, sd, np.array([True]))
+    about = calibration.log_likelihood(predicted, stated, sd, np.array([False]))
+    assert (np.diff(bound) > 0).all()
+    assert bound[2:] == pytest.approx([np.log(0.5), 0.0])
+    assert about == pytest.approx([-50.0, -12.5, 0.0, -0.5 * 990.0**2])
