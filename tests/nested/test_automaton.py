@@ -72,6 +72,8 @@ SWITCHES = trips(
 @given(words.configs(), words.dictionaries())
 @example(Config.of("5.3"), SWITCHES)
 @example(Config.of("6.1"), SWITCHES[::-1])
+@example(Config.of("6.1", "adaptive"), SWITCHES)
+@example(Config.of("6.1", "by-reason"), SWITCHES)
 def test_a_pair_gives_the_same_whatever_was_visited_before(config, dictionary):
     """The model keeps values (VMCSs in L1's memory): none may leak from pair to pair."""
     automaton = compiled(config, dictionary)
