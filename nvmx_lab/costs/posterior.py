@@ -43,9 +43,10 @@ class Posterior(PriceList):
     about: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def sample(self, n: int, seed: int) -> dict[str, FloatArray]:
-        """Draw prices by parameter; rows of the posterior are drawn with replacement."""
+        """Draw prices by parameter; no row of the posterior comes twice before all came once."""
         drawn = super().sample(n, seed)
-        rows = rng(seed, "posterior").integers(len(self.samples), size=n)
+        rows = rng(seed, "posterior").permutation(len(self.samples))
+        rows = np.resize(rows, n)
         return drawn | dict(zip(self.sampled, self.samples[rows].T, strict=True))
 
     def write(self, path: Path, about: Mapping[str, Any]) -> None:

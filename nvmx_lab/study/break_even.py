@@ -32,7 +32,7 @@ from nvmx_lab.workload import mixes as workload
 if TYPE_CHECKING:
     import pandas as pd
 
-DRAWS: Final = 300_000
+DRAWS: Final = 100_000
 """Price lists drawn by default: near break-even the saving is a small difference of large numbers,
 and its median still moves by less than 2 % between seeds."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DRAWS = 20_000
-"""Price lists drawn by default: the median then moves by less than half a percent between seeds."""
+"""Price lists drawn by default: medians then move by less than half a per cent between seeds."""
 
 QUANTILES = ("p05", "p50", "p95")
 NO_DIFFERENCE_CYCLES = 0.5

@@ -11,13 +11,11 @@ from nvmx_lab.costs import prices
 from nvmx_lab.costs.calibration import FITS, STEPS, Calibration, calibrate, predict
 from nvmx_lab.costs.claims import TARGET, Claim, claims
 from nvmx_lab.errors import LabError
-from nvmx_lab.study.compare import QUANTILES, priced
+from nvmx_lab.study.compare import DRAWS, QUANTILES, priced
 from nvmx_lab.study.simulate import simulate_mix
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_DRAWS = 100_000  # the widest price's median then moves by half a per cent between seeds
 
 AGREES_WITH_ANYTHING = 4.0
 """A predicted interval whose ends are further apart than by this factor tests little: assumed."""
@@ -54,7 +52,7 @@ def calibrated_prices(calibrations: Mapping[str, Calibration]) -> pd.DataFrame:
 
     first = next(iter(calibrations.values()))
     sampled = first.posterior.sampled
-    drawn = first.prior.sample(_DRAWS, seed=0)
+    drawn = first.prior.sample(DRAWS, seed=0)
     rows: list[dict[str, Any]] = []
     for name in sampled:  # a fraction has no cycles of its own: those of the drawn prices
         low, middle, high = np.quantile(drawn[name], (0.05, 0.5, 0.95))
@@ -111,7 +109,7 @@ def against_claims(calibrations: Mapping[str, Calibration], *, seed: int = 1) ->
     predictable = [claim for claim in known if claim.counts is not None]
     rows = []
     for fit, calibration in calibrations.items():
-        cycles = predict(predictable, calibration.posterior, _DRAWS, seed)
+        cycles = predict(predictable, calibration.posterior, DRAWS, seed)
         used = {claim.id for claim in calibration.claims}
         predicted = dict(zip((claim.id for claim in predictable), cycles, strict=True))
         for claim in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -278,7 +279,13 @@ def test_draws_are_the_same_in_every_process() -> None:
     )
 
 
-GOLDEN_VMPTRLD = 141.47307681832504
+GOLDEN_VMPTRLD = 43.17424367288044
+
+
+def test_each_slice_of_equal_probability_is_drawn_once() -> None:
+    for name, normal in prices.load().normals(1_000, seed=4).items():
+        slices = sorted(int(1_000 * NormalDist().cdf(z)) for z in normal)
+        assert slices == list(range(1_000)), name
 
 
 def test_draws_cannot_be_changed_by_accident() -> None:

@@ -80,7 +80,7 @@ def test_the_function_is_the_pricing_at_the_mix_s_rate(mix, kvm, cpu):
     n, seed = 400, 9
     function = uncertain(mix, kvm, cpu=cpu, exits=1_000)
     price_list = prices.load(cpu)
-    normal = {name: prices.rng(seed, name).standard_normal(n) for name in price_list.parameters}
+    normal = price_list.normals(n, seed)
     unit = np.column_stack(
         [np.full(n, 0.5) if name == PULL_RATE else ndtr(normal[name]) for name in function.inputs]
     )
