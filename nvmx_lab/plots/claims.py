@@ -133,7 +133,7 @@ def against_claims(frame: pd.DataFrame) -> Plot:
         filled = row["verdict"] != "outside"
         _interval(axes, place, low, middle, high, row["fit"], filled=filled)
     labels = [
-        f"{row['claim']}  {row['description']}  ({row['stated_cycles']:,.4g})"
+        f"{row['claim']}  {row['description']}  ({row['stated_cycles']:,.5g})"
         for _, row in one.iterrows()
     ]
     _rows(axes, labels)

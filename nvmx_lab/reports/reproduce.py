@@ -210,7 +210,7 @@ def _gather(
         pages=pages,
         links=[
             site.Link(f"{report.task.name}.html", _title(report.task), report.seconds)
-            for report in outcome.reports
+            for report in sorted(outcome.reports, key=lambda report: report.task.notebook)
             if report.task.notebook != ONE_MIX
         ],
         failures=[str(failure) for failure in failures],

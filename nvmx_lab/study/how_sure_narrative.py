@@ -181,7 +181,7 @@ def of_one_constant(frame: pd.DataFrame) -> str:
     ):
         named = "; ".join(
             f"{row['claim']} ({row['description']}, {row['microarchitecture']}: stated "
-            f"{row['stated_cycles']:,.4g}, predicted {row['cycles_p50']:,.0f})"
+            f"{row['stated_cycles']:,.5g}, predicted {row['cycles_p50']:,.0f})"
             for row in some
         )
         if some:
