@@ -53,6 +53,14 @@ MaybeName = Annotated[
         description="a name of lower-case letters, digits and '-', or nothing",
     ),
 ]
+Machine = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z]+(?:,? [A-Za-z]+)*$",
+        max_length=80,
+        description="the name of a machine: 'shadow VMCS', 'enlightened VMCS'",
+    ),
+]
 Exits = Annotated[
     int, Field(ge=1, le=10**9, description="a whole number of nested exits from 1 to 1000000000")
 ]
@@ -273,6 +281,9 @@ class IsItCorrect(_Priced):
         Sync policy; empty for the release's own.
     mutant : str
         A wrong variant of L0 to look at; empty for none.
+    machines : list of str
+        Machines on which L0 runs (`nvmx_lab.nested.explorer.ENVIRONMENTS`), fewer for a quicker
+        look; empty for all that matter to a question.
     releases : list of str
         Releases of the history; empty for all.
     mutants : list of str
@@ -286,6 +297,7 @@ class IsItCorrect(_Priced):
     kvm: Kvm = "6.1"
     sync: MaybeName = ""
     mutant: MaybeName = ""
+    machines: list[Machine] = Field(default_factory=list, description="a list of machines' names")
     releases: list[Kvm] = Field(default_factory=list, description="a list of KVM releases")
     mutants: list[MaybeName] = Field(default_factory=list, description="a list of mutants' names")
 

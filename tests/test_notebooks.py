@@ -201,7 +201,7 @@ def test_breakdown(run, page_of_notebook):
 @pytest.mark.slow
 def test_correctness(run, page_of_notebook):
     tried = ["no-pull-in-vmwrite", "pull-at-every-vmread"]
-    notebook = run(CORRECT, kvm="5.3", releases=["5.3"], mutants=tried)
+    notebook = run(CORRECT, kvm="5.3", machines=["shadow VMCS"], releases=["5.3"], mutants=tried)
     page_of_notebook(notebook, CORRECT)
     said = text_of(notebook)
     assert "**It fails in 2 ways in which eager copying does not**" in said

@@ -58,6 +58,13 @@ def lock(project: Path) -> list[tuple[Requirement, list[str]]]:
     return entries
 
 
+@pytest.mark.xdist_group("kept-together")
+def test_tests_of_a_group_run_in_one_process(request):
+    """What they share is else made once in each process; xdist names the group in the test's id."""
+    grouped = getattr(request.config.option, "loadgroup", False)  # xdist sets it, in its workers
+    assert not grouped or request.node.nodeid.endswith("@kept-together")
+
+
 def by_name(lines: list[str]) -> dict[str, Requirement]:
     requirements = [Requirement(line) for line in lines]
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}

@@ -10,7 +10,6 @@ Fields never mix, so the specification needs only one: the five cells where its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from nvmx_lab import vmcs
@@ -72,8 +71,7 @@ def role(name: str, config: Config) -> str:
     return "saved" if saved and has.get(name, True) else "written"
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """Where L1 stands: all that decides what an instruction does, besides the values.
 
     Attributes
@@ -131,7 +129,7 @@ class Architecture:
         self.standing, self.cells = standing, dict(cells)
 
     def _stand(self, **changes: object) -> None:
-        self.standing = replace(self.standing, **changes)  # type: ignore[arg-type]
+        self.standing = self.standing._replace(**changes)  # type: ignore[arg-type]
 
     def _with_current(self, act: Callable[[], Fail | None]) -> Fail | None:
         return Fail(None) if self.standing.current is None else act()

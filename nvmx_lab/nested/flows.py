@@ -8,6 +8,7 @@ fields never mix is checked in passing. Exploring every state then needs no mode
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -166,6 +167,17 @@ _Change = tuple[int, str, object]
 """A cell, as column of `COLUMNS`; a field; the value that it has there now."""
 
 
+class _Ran(NamedTuple):
+    """What the model did in a step: its part of the place afterwards, what moved, the answer."""
+
+    after: tuple[Control, str | None, frozenset[str]]
+    moved: _Moved
+    moved_own: _Moved
+    seen: object = None
+    host_state: Mapping[str, object] = {}
+    violation: str = ""
+
+
 class _Effect(NamedTuple):
     """What one step does to L0: where it leads, what moves, the answer, what is wrong.
 
@@ -251,6 +263,7 @@ class Flows:
         self._moves_by_cells: dict[tuple[object, ...], tuple[_Moved, _Moved]] = {}
         self._moved_by_changes: dict[tuple[_Change, ...], _Moved] = {}
         self._relevants: dict[Control, Control] = {}
+        self._ran: dict[object, dict[Step, _Ran]] = defaultdict(dict)
         self.places: list[Place] = []
         self._ids: dict[Place, int] = {}
         self._effects: list[list[tuple[Step, _Effect]]] = []
@@ -319,25 +332,32 @@ class Flows:
         l0.host_state = {}
 
     def _effect(self, l0: Nvmx, place: Place, step: Step) -> _Effect:
-        self._put(l0, place)
+        known = self._ran[place[:3]]  # the model knows nothing of where L1 stands
+        ran = known.get(step)
+        if ran is None:
+            ran = known[step] = self._run(l0, place, step)
+        if ran.violation:
+            return _Effect(0, _NOTHING, _NOTHING, None, ran.violation)
         standing, _, truth = self._truth(place.standing, step, _NO_KIND, own=False)
-        try:
-            l0, seen = apply_to_model(step, l0, lambda name, owner: self._fresh[owner][name])
-        except Violation as violation:
-            return _Effect(0, _NOTHING, _NOTHING, None, str(violation))
-        moved, own = self._moves(l0, step)
+        seen = ran.seen
         if (isinstance(seen, VmFail) or isinstance(truth, Fail)) and not same(seen, truth):
             # From here on the two do not stand in the same place.
             fault = f"{step} answers {said(seen)}, it should answer {said(truth)}"
             return _Effect(0, _NOTHING, _NOTHING, None, fault)
-        after = Place(
-            self._relevant(l0.control),
-            l0.current_vmptr,
-            frozenset(p for p, (_, launched) in l0.memory.items() if launched),
-            standing,
-        )
+        after = self._id(Place(*ran.after, standing))
         took = "" if isinstance(seen, VmFail) else takes(step, place.standing, standing)
-        return _Effect(self._id(after), moved, own, seen, "", took, l0.host_state)
+        return _Effect(after, ran.moved, ran.moved_own, seen, "", took, ran.host_state)
+
+    def _run(self, l0: Nvmx, place: Place, step: Step) -> _Ran:
+        """Let the model take the step."""
+        self._put(l0, place)
+        try:
+            l0, seen = apply_to_model(step, l0, lambda name, owner: self._fresh[owner][name])
+        except Violation as violation:
+            return _Ran(place[:3], _NOTHING, _NOTHING, violation=str(violation))
+        launched = frozenset(p for p, (_, launched) in l0.memory.items() if launched)
+        after = self._relevant(l0.control), l0.current_vmptr, launched
+        return _Ran(after, *self._moves(l0, step), seen, l0.host_state)
 
     def _moves(self, l0: Nvmx, step: Step) -> tuple[_Moved, _Moved]:
         """Compare L0 with how `_put` left it: other fields, and the one that the step is about."""

@@ -11,7 +11,6 @@ enlightened VMCS, by a read of L2. What it sees, the explorer must know.
 from __future__ import annotations
 
 import argparse
-import functools
 import random
 import time
 from collections import Counter, defaultdict
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 
 from nvmx_lab import vmcs
 from nvmx_lab.nested.config import Config
-from nvmx_lab.nested.explorer import ENVIRONMENTS, explore
+from nvmx_lab.nested.explorer import ENVIRONMENTS, Exploration, explore
 from nvmx_lab.nested.model import NestedState, Nvmx, Trace, Violation, VmFail
 from nvmx_lab.nested.policies import SYNC_POLICIES
 from tests import naive
@@ -469,13 +468,10 @@ def configs() -> Iterator[tuple[str, str, Config]]:
                 yield release, environment, Config.of(release, sync, **options)
 
 
-@functools.cache
-def known(config: Config) -> frozenset[Wrong]:
-    """Return the failures that the explorer finds."""
+def known(exploration: Exploration) -> frozenset[Wrong]:
+    """Return the failures that the explorer found."""
     return frozenset(
-        Wrong(finding.wrong, name)
-        for finding in explore(config).findings
-        for name in finding.fields
+        Wrong(finding.wrong, name) for finding in exploration.findings for name in finding.fields
     )
 
 
@@ -542,7 +538,7 @@ def main() -> None:
                 print(f"{release}, {environment}: {wrong.kind} {wrong.field}: {'; '.join(steps)}")
     if options.explore:
         for release, environment, walk in walks:
-            for wrong in sorted(walk.wrong.keys() - known(walk.config), key=str):
+            for wrong in sorted(walk.wrong.keys() - known(explore(walk.config)), key=str):
                 print(f"{release}, {environment}: the explorer does not know {wrong}")
 
 
