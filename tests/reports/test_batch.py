@@ -17,6 +17,8 @@ from nvmx_lab import files
 from nvmx_lab.errors import LabError
 from nvmx_lab.reports import batch
 
+pytestmark = pytest.mark.xdist_group("batch")  # the first fixture takes many seconds
+
 TITLE = ("markdown", "# A question\n\nAn answer.")
 N = ("code", "n = 1", "parameters")
 PUBLISH = (

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     notebook(here / "02_across_workload_mixes.ipynb", ("markdown", "# All of them"), every)
     notebook(here / "03_where_the_cycles_go.ipynb", ("markdown", "# Where"), one)
     correct = (
-        'kvm = "6.1"\nsync = ""\nmutant = ""\nreleases = []\nmutants = []\n'
+        'kvm = "6.1"\nsync = ""\nmutant = ""\nmachines = []\nreleases = []\nmutants = []\n'
         'cpu = "skylake-2015"\nseed = 1'
     )
     correct_cell = ("code", correct, "parameters")

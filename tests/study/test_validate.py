@@ -18,6 +18,8 @@ from nvmx_lab.study.validate import (
 from nvmx_lab.workload import executed
 from tests.study import golden, runs
 
+pytestmark = pytest.mark.xdist_group("validate")  # the first fixture takes many seconds
+
 RUNS = (
     *("kvm61_eager_shadow", "kvm61_lazy_evmcs", "kvm61_lazy_linux_l2", "kvm61_lazy_shadow"),
     *("kvm61_lazy_shadow_16_32bit", "kvm61_lazy_shadow_nokstack", "kvm61_lazy_two_l2_vcpus"),
