@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nvmx_lab.tables.fault import Fault
-from nvmx_lab.tables.rules import Names, Rule, number
+from nvmx_lab.tables.rules import Names, Problem, Rule, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,15 @@ def check(
 ) -> Iterator[Fault]:
     """Yield every fault of a table that has been read."""
     yield from _check_header(file, table, header)
+    judged: dict[tuple[str, str], Problem | None] = {}  # most cells say what others say
     for row in rows:
         for column, rule in table.columns.items():
             if column not in row.cells:
                 continue
-            found = rule.problem_in_cell(row[column], names)
+            cell = column, row[column]
+            if cell not in judged:
+                judged[cell] = rule.problem_in_cell(row[column], names)
+            found = judged[cell]
             if found is not None:
                 got = row[column].encode("utf-8", "backslashreplace").decode()
                 yield Fault(file, row.line, column, found.what, got, found.allowed)

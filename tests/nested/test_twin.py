@@ -730,10 +730,13 @@ NOT_WALKED = {
     "only-guest-writes-dirty": "one control field of many, and nothing that pulls beside it",
     "user-space-gets-old-shadow": "a signal between nested exit and entry of L1",
 }
-# Where one field alone shows it, the first walk that happens upon that field.
+# Where few walks show it, the first that does.
 FIRST_SEED = {
     "intr-status-under-tpr-shadow": 36,
+    "no-pull-in-release": 15,
+    "pull-for-rare-vmwrites-only": 19,
     "rare-reader-forgets-a-field": 35,
+    "shadow-not-read-at-release": 16,
     "vmread-forgets-a-field": 84,
 }
 WALKS_OF_A_HARMLESS_MUTANT = 2
