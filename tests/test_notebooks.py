@@ -204,6 +204,7 @@ def test_correctness(run, page_of_notebook):
     notebook = run(CORRECT, kvm="5.3", machines=["shadow VMCS"], releases=["5.3"], mutants=tried)
     page_of_notebook(notebook, CORRECT)
     said = text_of(notebook)
+    assert "(machines: shadow VMCS)" in said
     assert "**It fails in 2 ways in which eager copying does not**" in said
     assert "mended by `flag-reset`" in said
     assert "mended by `migration-sync`" in said

@@ -11,7 +11,7 @@ It is exhaustive for the model, not for KVM: what the model leaves out cannot fa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from nvmx_lab import vmcs
 from nvmx_lab.errors import unknown
 from nvmx_lab.nested.architecture import UNKNOWN_AFTER_RSM, role
 from nvmx_lab.nested.config import Config
-from nvmx_lab.nested.flows import EVMCS_GROUPS, Flows, FlowTable, gated_by_a_write
+from nvmx_lab.nested.flows import EVMCS_GROUPS, Flows, gated_by_a_write
 from nvmx_lab.nested.model import Nvmx
 from nvmx_lab.nested.search import WRONG_VALUES, Failure, Search
 from nvmx_lab.nested.steps import ENTRY_FAILURE, Step, in_evmcs, in_vmcs12
@@ -161,8 +161,8 @@ def explore(
     faults: set[str] = set()  # they are no matter of one field: reported once
     for flows, classes in _compiled(config, nvmx, without, wanted, each_field=each_field):
         places = max(places, len(flows.places))
-        for alike, table in _tables(flows, classes):
-            search = Search(table, depth)
+        for alike in classes:
+            search = Search(flows.flows(alike[0]), depth)
             states, transitions = states + search.states, transitions + search.transitions
             deepest, complete = max(deepest, search.depth), complete and search.complete
             explored += 1
@@ -191,19 +191,6 @@ def _field_of_vmcs12(name: str) -> str:
     if not vmcs.field(name).in_vmcs12:
         raise unknown("field of vmcs12", name, in_vmcs12(), where="explore(fields=)")
     return vmcs.field(name).name
-
-
-def _tables(
-    flows: Flows, classes: Iterable[tuple[str, ...]]
-) -> Iterator[tuple[tuple[str, ...], FlowTable]]:
-    """Return the flows of each class; classes to which the same happens after all are one."""
-    merged: dict[Hashable, tuple[tuple[str, ...], FlowTable]] = {}
-    for fields in classes:
-        table = flows.flows(fields[0])
-        happens = tuple(tuple(flow for _, flow in place) for place in table)
-        others, first = merged.get(happens, ((), table))
-        merged[happens] = (*others, *fields), first
-    return iter(merged.values())
 
 
 def _shortest(failures: Sequence[Failure]) -> list[Failure]:

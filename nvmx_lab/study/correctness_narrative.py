@@ -142,7 +142,8 @@ def answer(
     reach = "Every reachable state" if verdict.complete else "A part of the reachable states"
     said = [
         f"{badge('simulated')} {reach} of the model of KVM {verdict.kvm} with the "
-        f"**{verdict.sync}** sync was visited: {verdict.total('states'):,.0f} states, "
+        f"**{verdict.sync}** sync was visited (machines: {'; '.join(verdict.explorations)}): "
+        f"{verdict.total('states'):,.0f} states, "
         f"{verdict.total('transitions'):,.0f} transitions. "
     ]
     if own:

@@ -29,7 +29,8 @@ from nvmx_lab.nested.primitives import COUNTERS
 from nvmx_lab.nested.replay import Replay, replay
 from nvmx_lab.nested.round_trip import round_trip
 from nvmx_lab.nested.steps import parse
-from nvmx_lab.study.compare import DRAWS, QUANTILES, verdict
+from nvmx_lab.study.break_even import DRAWS
+from nvmx_lab.study.compare import QUANTILES, verdict
 from nvmx_lab.study.simulate import P, Simulated, config_of, reader_and_pull_counts, simulate
 from nvmx_lab.workload import mixes as workload
 from nvmx_lab.workload.streams import Stream
@@ -301,7 +302,7 @@ class Runs:
 
 
 def run(
-    kvm: str = "6.1", *, mixes: Sequence[str] = MIXES, exits: int = 20_000, seed: int = 1
+    kvm: str = "6.1", *, mixes: Sequence[str] = MIXES, exits: int = 1_000_000, seed: int = 1
 ) -> list[Runs]:
     """Simulate mixes with and without L1's HOST_RSP writes, under each fix.
 
