@@ -59,7 +59,9 @@ def cli() -> None:
 @click.option(
     "--cpu", default="skylake-2015", show_default=True, help="Price list (nvmx-lab cpus)."
 )
-@click.option("--exits", type=int, default=100_000, show_default=True, help="Nested exits to draw.")
+@click.option(
+    "--exits", type=int, default=1_000_000, show_default=True, help="Nested exits to draw."
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of stream and prices.")
 @click.option(
     "--without-unknown-prices", is_flag=True, help="Give totals without what has no price."

@@ -83,7 +83,7 @@ class _Comparison(_Parameters):
     kvm_before: Kvm = "5.2"
     kvm_after: Kvm = "5.2+patch13"
     cpu: Cpu = "skylake-2015"
-    exits: Exits = 20_000
+    exits: Exits = 1_000_000
     seed: Seed = 1
 
 
@@ -183,7 +183,7 @@ class TheSeries(_Priced):
     notebook: ClassVar[str] = "05_the_series"
 
     mix: MixName = "cpuid"
-    exits: Exits = 20_000
+    exits: Exits = 1_000_000
 
 
 class BreakEven(_Priced):
@@ -202,7 +202,7 @@ class BreakEven(_Priced):
     notebook: ClassVar[str] = "06_break_even"
 
     kvm: Kvm = "5.3"
-    exits: Exits = 20_000
+    exits: Exits = 1_000_000
 
 
 class KernelStackRandomization(_Priced):
@@ -221,7 +221,7 @@ class KernelStackRandomization(_Priced):
     notebook: ClassVar[str] = "07_kernel_stack_randomization"
 
     kvm: Kvm = "6.1"
-    exits: Exits = 1_000_000  # the saving with the write is a small difference
+    exits: Exits = 10_000_000  # small differences of long round trips
 
 
 class BetterPolicies(_Priced):
@@ -240,7 +240,7 @@ class BetterPolicies(_Priced):
     notebook: ClassVar[str] = "08_better_policies"
 
     kvm: Kvm = "6.1"
-    exits: Exits = 1_000_000  # rare pulls are counted here, not their absence
+    exits: Exits = 10_000_000  # small differences of long round trips
 
 
 class CouldYouMeasureIt(_Parameters):
@@ -258,9 +258,9 @@ class CouldYouMeasureIt(_Parameters):
 
     notebook: ClassVar[str] = "09_could_you_measure_it"
 
-    loop_cycles: Annotated[
-        float, Field(gt=0, le=1e9, description="a number of cycles above 0")
-    ] = 14_000.0
+    loop_cycles: Annotated[float, Field(gt=0, le=1e9, description="a number of cycles above 0")] = (
+        14_000.0
+    )
     saving_cycles: Annotated[
         float, Field(gt=0, le=1e9, description="a number of cycles above 0")
     ] = 200.0

@@ -390,9 +390,10 @@ def test_break_even(run, page_of_notebook):
             if not 0.8 < rate / even < 1.25:
                 assert (row["round_trip_saving_cycles_p50"] > 0) == (rate < even), row["mix"]
     for row in handed["executed"]:
-        assert f"{row['run']} pulls after {100 * row['pulls_share']:.1f} %" in (at, beside)[
-            row["ibpb"]
-        ]
+        assert (
+            f"{row['run']} pulls after {100 * row['pulls_share']:.1f} %"
+            in (at, beside)[row["ibpb"]]
+        )
 
 
 @pytest.mark.slow

@@ -64,7 +64,11 @@ RHO = 0.5
 """Correlation of `next` with `first` (of their normals): assumed, nothing is published."""
 
 _Z95 = NormalDist().inv_cdf(0.95)
+DRAWS = 2**15
+"""Price lists drawn by default: a power of two, where a Sobol sequence is most even."""
+
 _MOST_DRAWS = 10_000_000
+_SOBOL_BITS = 30  # more than 64 times the points that may be drawn
 _Id = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60)]
 _Text = Annotated[str, Field(min_length=1, max_length=2000)]
 # A billion cycles is half a second: no primitive costs that, so a larger number is a slip.
@@ -235,17 +239,18 @@ class PriceList:
             found.append(f"{len(self.unknown)} unknown")
         return ", ".join(found)
 
-    def draw(self, n: int = 100_000, seed: int = 0) -> Draws:
+    def draw(self, n: int = DRAWS, seed: int = 0) -> Draws:
         """Draw `n` price lists.
 
-        Every parameter has its own random stream, named by (seed, parameter) alone: two price lists
-        drawn with one seed are paired, and changing one price moves nothing else. A `next` is
-        correlated with its `first` (`RHO`) and never above it. L0 and L1 share their draws.
+        Every parameter has its own dimension of the points drawn, whatever else has a price: two
+        price lists drawn with one seed are paired, and changing one price moves nothing else. A
+        `next` is correlated with its `first` (`RHO`) and never above it. L0 and L1 share their
+        draws.
 
         Parameters
         ----------
         n : int
-            How many; 100,000 take 14 MB.
+            How many; 100,000 take 14 MB. Best a power of two.
         seed : int
             Not negative.
 
@@ -280,10 +285,22 @@ class PriceList:
     def normals(self, n: int, seed: int) -> dict[str, FloatArray]:
         """Return the standard normal numbers behind a draw, by parameter, float64[n] each.
 
-        Each parameter has one from each of n slices of equal probability, in an order of its own
-        (a Latin hypercube): medians move less between seeds.
+        They are the first n points of a scrambled Sobol sequence, one dimension for each of
+        `PARAMETERS`: medians move far less between seeds than those of independent numbers do, and
+        least with n a power of two.
         """
-        return {name: _stratified(rng(seed, name), n) for name in self.parameters}
+        # Slow to import, and most commands draw nothing.
+        from scipy.special import ndtri
+        from scipy.stats import qmc
+
+        sequence = qmc.Sobol(len(PARAMETERS), rng=rng(seed, "sobol"), bits=_SOBOL_BITS)
+        points = sequence.random_base2((n - 1).bit_length())[:n]
+        points += 2.0 ** -(_SOBOL_BITS + 1)  # the middle of its cell: never 0
+        return {
+            name: ndtri(points[:, column])
+            for column, name in enumerate(PARAMETERS)
+            if name in self.parameters
+        }
 
     def at(self, normal: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Map independent standard normal numbers to prices: the one rule that all draws follow.
@@ -552,18 +569,9 @@ def _check(prices: Mapping[str, Price], file: Path) -> list[LabError]:
     return wrong
 
 
-def rng(seed: int, parameter: str) -> np.random.Generator:
-    """Return the random stream of one parameter: named by seed and parameter alone."""
+def rng(seed: int, task: str) -> np.random.Generator:
+    """Return the random stream of one task: named by seed and task alone."""
     # hash() differs from run to run; a digest does not.
-    task = int.from_bytes(hashlib.sha256(f"price {parameter}".encode()).digest()[:8], "little")
-    return np.random.default_rng(np.random.SeedSequence([seed, task]))
-
-
-def _stratified(source: np.random.Generator, n: int) -> FloatArray:
-    """Return standard normal numbers, one from each of n slices of equal probability."""
-    from scipy.special import ndtri
-
-    inside = (source.permutation(n) + source.random(n)) / n
-    # Never 0, but the last may round to 1.
-    normal: FloatArray = ndtri(np.clip(inside, 1e-16, 1 - 1e-16))
-    return normal
+    digest = hashlib.sha256(f"price {task}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little")
+    return np.random.default_rng(np.random.SeedSequence([seed, number]))

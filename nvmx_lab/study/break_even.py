@@ -26,15 +26,11 @@ from nvmx_lab.nested.config import Config, release, releases
 from nvmx_lab.nested.primitives import COUNTERS, PRIMITIVES
 from nvmx_lab.study import published, pulls
 from nvmx_lab.study.compare import QUANTILES, verdict
-from nvmx_lab.study.simulate import P, Simulated, config_of, reader_and_pull_counts, simulate
+from nvmx_lab.study.simulate import EXITS, P, Simulated, config_of, reader_and_pull_counts, simulate
 from nvmx_lab.workload import mixes as workload
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DRAWS: Final = 100_000
-"""Price lists drawn by default: near break-even the saving is a small difference of large numbers,
-and its median still moves by less than 2 % between seeds."""
 
 SWITCH_CYCLES: Final = tuple(float(x) for x in np.geomspace(20.0, 20_000.0, 31))
 """Costs of a switch at which a curve is drawn, TSC cycles."""
@@ -71,7 +67,7 @@ def rates(
     kvm: str | Sequence[str] = "5.3",
     *,
     cpu: Sequence[str] = (prices.DEFAULT,),
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
     seed: int = 1,
 ) -> pd.DataFrame:
     """Return the break-even rate, and what it is made of, with and without IBPB.
@@ -118,7 +114,7 @@ def curves(
     *,
     cpu: Sequence[str] = (prices.DEFAULT,),
     switch_cycles: Sequence[float] = SWITCH_CYCLES,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
     seed: int = 1,
 ) -> pd.DataFrame:
     """Return the break-even rate over the cost of a switch of VMCS.
@@ -161,7 +157,7 @@ def line(
     *,
     cpu: str = prices.DEFAULT,
     pull_rates: Sequence[float] = RATES,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
     seed: int = 1,
 ) -> pd.DataFrame:
     """Return the saving over the pull rate, with and without IBPB.
@@ -204,8 +200,8 @@ def placed(
     *,
     cpu: str = prices.DEFAULT,
     mixes: Sequence[str] = (),
-    exits: int = 20_000,
-    draws: int = DRAWS,
+    exits: int = EXITS,
+    draws: int = prices.DRAWS,
     seed: int = 1,
 ) -> pd.DataFrame:
     """Simulate mixes with either sync, with and without IBPB, and hold them against the line.
@@ -308,7 +304,7 @@ def _against_the_line(
 
 
 def executed(
-    kvm: str = "5.3", *, cpu: str = prices.DEFAULT, draws: int = DRAWS, seed: int = 1
+    kvm: str = "5.3", *, cpu: str = prices.DEFAULT, draws: int = prices.DRAWS, seed: int = 1
 ) -> pd.DataFrame:
     """Place executed runs on the line: their pull rate is executed, their saving is the line's.
 

@@ -15,8 +15,8 @@ from nvmx_lab.costs.pricing import charged
 from nvmx_lab.nested.automaton import steps
 from nvmx_lab.nested.ops import Kind, Operation
 from nvmx_lab.nested.primitives import COUNTERS, PRIMITIVES
-from nvmx_lab.study.compare import DRAWS, pairs_of
-from nvmx_lab.study.simulate import P, Simulated, simulate_mix
+from nvmx_lab.study.compare import pairs_of
+from nvmx_lab.study.simulate import EXITS, P, Simulated, simulate_mix
 from nvmx_lab.workload.mixes import Mix
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def breakdown(
     kvm: Sequence[str] = ("5.2", "5.2+patch13"),
     sync: str | Sequence[str | None] | None = None,
     cpu: str | Path = prices.DEFAULT,
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
 ) -> pd.DataFrame:
     """Take the round trip of two L0s on a mix apart.
 

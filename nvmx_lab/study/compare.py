@@ -16,14 +16,11 @@ from nvmx_lab.errors import LabError
 from nvmx_lab.nested import config
 from nvmx_lab.nested.primitives import COUNTERS
 from nvmx_lab.study.pulls import break_even
-from nvmx_lab.study.simulate import P, Simulated, simulate_mix
+from nvmx_lab.study.simulate import EXITS, P, Simulated, simulate_mix
 from nvmx_lab.workload.mixes import Mix
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DRAWS = 20_000
-"""Price lists drawn by default: medians then move by less than half a per cent between seeds."""
 
 QUANTILES = ("p05", "p50", "p95")
 NO_DIFFERENCE_CYCLES = 0.5
@@ -228,9 +225,9 @@ def compare(
     kvm: Sequence[str] = ("5.2", "5.2+patch13"),
     sync: str | Sequence[str | None] | None = None,
     cpu: str | Path = prices.DEFAULT,
-    exits: int = 100_000,
+    exits: int = EXITS,
     seed: int = 1,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
     allow_unknown: bool = False,
 ) -> Comparison:
     """Compare two KVM releases or sync policies on a mix.
@@ -283,7 +280,7 @@ def priced(
     price_list: prices.PriceList,
     *,
     seed: int,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
     allow_unknown: bool = False,
 ) -> Comparison:
     """Price two simulated L0s: the second half of `compare`, for many price lists over one run."""

@@ -11,7 +11,6 @@ from nvmx_lab.costs.pricing import interval, price
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.primitives import COUNTERS
 from nvmx_lab.nested.round_trip import round_trip
-from nvmx_lab.study.compare import DRAWS
 from nvmx_lab.study.simulate import P
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def habits(
     kvm: str = "6.1",
     *,
     cpu: str = prices.DEFAULT,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
     seed: int = 1,
 ) -> pd.DataFrame:
     """Price what an L1 can do after an exit, beside doing nothing but resume L2.

@@ -11,8 +11,8 @@ from nvmx_lab.costs import prices
 from nvmx_lab.costs.calibration import FITS, STEPS, Calibration, calibrate, predict
 from nvmx_lab.costs.claims import TARGET, Claim, claims
 from nvmx_lab.errors import LabError
-from nvmx_lab.study.compare import DRAWS, QUANTILES, priced
-from nvmx_lab.study.simulate import simulate_mix
+from nvmx_lab.study.compare import QUANTILES, priced
+from nvmx_lab.study.simulate import EXITS, simulate_mix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ def calibrated_prices(calibrations: Mapping[str, Calibration]) -> pd.DataFrame:
 
     first = next(iter(calibrations.values()))
     sampled = first.posterior.sampled
-    drawn = first.prior.sample(DRAWS, seed=0)
+    drawn = first.prior.sample(prices.DRAWS, seed=0)
     rows: list[dict[str, Any]] = []
     for name in sampled:  # a fraction has no cycles of its own: those of the drawn prices
         low, middle, high = np.quantile(drawn[name], (0.05, 0.5, 0.95))
@@ -109,7 +109,7 @@ def against_claims(calibrations: Mapping[str, Calibration], *, seed: int = 1) ->
     predictable = [claim for claim in known if claim.counts is not None]
     rows = []
     for fit, calibration in calibrations.items():
-        cycles = predict(predictable, calibration.posterior, DRAWS, seed)
+        cycles = predict(predictable, calibration.posterior, prices.DRAWS, seed)
         used = {claim.id for claim in calibration.claims}
         predicted = dict(zip((claim.id for claim in predictable), cycles, strict=True))
         for claim in known:
@@ -162,7 +162,7 @@ def savings(
     mix: str = "cpuid",
     *,
     kvm: tuple[str, str] = ("5.2", "5.2+patch13"),
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
 ) -> pd.DataFrame:
     """Return what the patch saves on a mix with each fit's prices, and with the shipped lists.

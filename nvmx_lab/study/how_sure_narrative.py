@@ -213,9 +213,7 @@ def of_contradictions(frame: pd.DataFrame, fit: str = "with-claim") -> str:
         f"{_are(len(inside))} inside, and {_ids(weak['claim'])} {_are(len(weak))} inside an "
         "interval so wide that it tests little."
     )
-    lines = [
-        f"* **{row['claim']}**, {row['description']}: {_why(row)}." for row in _rows(outside)
-    ]
+    lines = [f"* **{row['claim']}**, {row['description']}: {_why(row)}." for row in _rows(outside)]
     return text + ("\n\n" + "\n".join(lines) if lines else "")
 
 

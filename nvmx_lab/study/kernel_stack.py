@@ -29,9 +29,8 @@ from nvmx_lab.nested.primitives import COUNTERS
 from nvmx_lab.nested.replay import Replay, replay
 from nvmx_lab.nested.round_trip import round_trip
 from nvmx_lab.nested.steps import parse
-from nvmx_lab.study.break_even import DRAWS
 from nvmx_lab.study.compare import QUANTILES, verdict
-from nvmx_lab.study.simulate import P, Simulated, config_of, reader_and_pull_counts, simulate
+from nvmx_lab.study.simulate import EXITS, P, Simulated, config_of, reader_and_pull_counts, simulate
 from nvmx_lab.workload import mixes as workload
 from nvmx_lab.workload.streams import Stream
 
@@ -302,7 +301,7 @@ class Runs:
 
 
 def run(
-    kvm: str = "6.1", *, mixes: Sequence[str] = MIXES, exits: int = 1_000_000, seed: int = 1
+    kvm: str = "6.1", *, mixes: Sequence[str] = MIXES, exits: int = EXITS, seed: int = 1
 ) -> list[Runs]:
     """Simulate mixes with and without L1's HOST_RSP writes, under each fix.
 
@@ -497,7 +496,7 @@ _ENTRIES: Final = (Kind.VMRESUME, Kind.VMLAUNCH)
 
 
 def _drawn(cpus: Sequence[str], seed: int) -> dict[str, prices.Draws]:
-    return {cpu: prices.load(cpu).draw(DRAWS, seed) for cpu in cpus}
+    return {cpu: prices.load(cpu).draw(prices.DRAWS, seed) for cpu in cpus}
 
 
 def _trip(simulated: Simulated) -> npt.NDArray[np.float64]:
@@ -509,7 +508,7 @@ def _trip(simulated: Simulated) -> npt.NDArray[np.float64]:
 def _priced(counts: npt.NDArray[np.float64], drawn: prices.Draws) -> npt.NDArray[np.float64]:
     """Price counts; NaN where a price is unknown."""
     if unpriced(counts, drawn):
-        return np.full(DRAWS, np.nan)
+        return np.full(prices.DRAWS, np.nan)
     return price(counts, drawn).values
 
 

@@ -19,8 +19,8 @@ from nvmx_lab.nested.config import Config, features, release
 from nvmx_lab.nested.explorer import Exploration, explore
 from nvmx_lab.nested.policies import SYNC_POLICIES, Predictor
 from nvmx_lab.nested.primitives import PRIMITIVES
-from nvmx_lab.study.compare import DRAWS, NO_DIFFERENCE_CYCLES, QUANTILES
-from nvmx_lab.study.simulate import P, Simulated, config_of, simulate
+from nvmx_lab.study.compare import NO_DIFFERENCE_CYCLES, QUANTILES
+from nvmx_lab.study.simulate import EXITS, P, Simulated, config_of, simulate
 from nvmx_lab.workload import executed
 from nvmx_lab.workload import mixes as workload
 
@@ -217,9 +217,9 @@ def policy_gaps(
     mixes: Sequence[str] | None = None,
     runs: Sequence[str] | None = None,
     cpu: str | Path = prices.DEFAULT,
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
 ) -> PolicyGaps:
     """Run every policy over mixes and executed runs, on one release.
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from nvmx_lab import data
 from nvmx_lab.costs import prices
-from nvmx_lab.study.compare import DRAWS, pairs_of, priced
-from nvmx_lab.study.simulate import simulate_mix
+from nvmx_lab.study.compare import pairs_of, priced
+from nvmx_lab.study.simulate import EXITS, simulate_mix
 from nvmx_lab.workload import mixes as workload
 from nvmx_lab.workload.mixes import Mix
 
@@ -29,9 +29,9 @@ def against_published(
     mixes: str | Path | Mix | Sequence[str],
     *,
     cpu: str | Path = prices.DEFAULT,
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
 ) -> pd.DataFrame:
     """Compare simulated totals with the published ones of the whole series.
 

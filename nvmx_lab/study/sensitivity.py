@@ -26,7 +26,14 @@ from nvmx_lab.errors import LabError
 from nvmx_lab.nested.config import Config
 from nvmx_lab.nested.primitives import PRIMITIVES
 from nvmx_lab.study.compare import QUANTILES, pairs_of
-from nvmx_lab.study.simulate import P, config_of, reader_and_pull_counts, simulate, simulate_mix
+from nvmx_lab.study.simulate import (
+    EXITS,
+    P,
+    config_of,
+    reader_and_pull_counts,
+    simulate,
+    simulate_mix,
+)
 from nvmx_lab.workload import handlers
 from nvmx_lab.workload.mixes import Mix
 
@@ -109,7 +116,7 @@ def uncertain(
     kvm: Sequence[str] = ("5.2", "5.2+patch13"),
     *,
     cpu: str | Path = prices.DEFAULT,
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
 ) -> Uncertain:
     """Return the saving on the round trip as a function of prices and the pull rate.
@@ -176,7 +183,7 @@ def sensitivity(
     kvm: Sequence[str] = ("5.2", "5.2+patch13"),
     *,
     cpu: str | Path = prices.DEFAULT,
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
     samples: int = SAMPLES,
 ) -> pd.DataFrame:
@@ -295,7 +302,7 @@ def tornado(
     kvm: Sequence[str] = ("5.2", "5.2+patch13"),
     *,
     cpu: str | Path = prices.DEFAULT,
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
 ) -> pd.DataFrame:
     """Return the saving with each input at its 5 % and at its 95 %, the others at their medians.

@@ -21,9 +21,8 @@ from nvmx_lab.costs.pricing import charged, interval, price
 from nvmx_lab.errors import LabError, unknown
 from nvmx_lab.nested.config import release
 from nvmx_lab.nested.primitives import PRIMITIVES
-from nvmx_lab.study.compare import DRAWS
 from nvmx_lab.study.published import SERIES
-from nvmx_lab.study.simulate import Float64, P, config_of, simulate
+from nvmx_lab.study.simulate import EXITS, Float64, P, config_of, simulate
 from nvmx_lab.workload import mixes as workload
 from nvmx_lab.workload.mixes import Mix
 
@@ -241,9 +240,9 @@ def waterfall(
     mixes: Sequence[str] | None = None,
     *,
     cpu: str = prices.DEFAULT,
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
 ) -> Waterfall:
     """Take the saving of the whole series apart, patch by patch.
 

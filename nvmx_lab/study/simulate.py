@@ -29,6 +29,9 @@ _SHOW_PROGRESS_FROM = 200_000_000  # words; fewer take less than two seconds
 _L1_INSTRUCTIONS = COUNTERS.index("l1_instructions")
 P = len(PRIMITIVES)
 
+EXITS = 1_000_000
+"""Nested exits drawn by default: they take a few hundredths of a second."""
+
 
 @dataclass(frozen=True, eq=False)
 class Simulated:

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from nvmx_lab.costs import prices
 from nvmx_lab.errors import LabError
-from nvmx_lab.study.compare import DRAWS, pairs_of, priced
-from nvmx_lab.study.simulate import simulate_mix
+from nvmx_lab.study.compare import pairs_of, priced
+from nvmx_lab.study.simulate import EXITS, simulate_mix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,9 +22,9 @@ def sweep(
     *,
     kvm: Sequence[Sequence[str]] = (("5.2", "5.2+patch13"),),
     cpu: Sequence[str] = (prices.DEFAULT,),
-    exits: int = 20_000,
+    exits: int = EXITS,
     seed: int = 1,
-    draws: int = DRAWS,
+    draws: int = prices.DRAWS,
     allow_unknown: bool = False,
 ) -> pd.DataFrame:
     """Compare over every combination of mixes, pairs of releases and price lists.

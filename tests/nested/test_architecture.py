@@ -77,10 +77,7 @@ class Both:
             )
             for name in naive.IN_VMCS12
         }
-        self.tracked = {
-            name: Tracked(name, name in ENTRY_FAILURE)
-            for name in naive.IN_VMCS12
-        }
+        self.tracked = {name: Tracked(name, name in ENTRY_FAILURE) for name in naive.IN_VMCS12}
         self.values = 0
         self.seen: Counter[str] = Counter()
         self.compared = 0
