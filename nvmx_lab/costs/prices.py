@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvmx_lab import data
+from nvmx_lab.costs import sobol
 from nvmx_lab.errors import LabError, unknown
 from nvmx_lab.nested.primitives import PRIMITIVES
 
@@ -64,11 +65,10 @@ RHO = 0.5
 """Correlation of `next` with `first` (of their normals): assumed, nothing is published."""
 
 _Z95 = NormalDist().inv_cdf(0.95)
-DRAWS = 2**15
+DRAWS = 2**16
 """Price lists drawn by default: a power of two, where a Sobol sequence is most even."""
 
 _MOST_DRAWS = 10_000_000
-_SOBOL_BITS = 30  # more than 64 times the points that may be drawn
 _Id = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60)]
 _Text = Annotated[str, Field(min_length=1, max_length=2000)]
 # A billion cycles is half a second: no primitive costs that, so a larger number is a slip.
@@ -242,8 +242,8 @@ class PriceList:
     def draw(self, n: int = DRAWS, seed: int = 0) -> Draws:
         """Draw `n` price lists.
 
-        Every parameter has its own dimension of the points drawn, whatever else has a price: two
-        price lists drawn with one seed are paired, and changing one price moves nothing else. A
+        Every parameter has a dimension and a random stream of its own, whatever else has a price:
+        two price lists drawn with one seed are paired, and changing one price moves nothing else. A
         `next` is correlated with its `first` (`RHO`) and never above it. L0 and L1 share their
         draws.
 
@@ -289,16 +289,11 @@ class PriceList:
         `PARAMETERS`: medians move far less between seeds than those of independent numbers do, and
         least with n a power of two.
         """
-        # Slow to import, and most commands draw nothing.
-        from scipy.special import ndtri
-        from scipy.stats import qmc
+        from scipy.special import ndtri  # slow to import
 
-        sequence = qmc.Sobol(len(PARAMETERS), rng=rng(seed, "sobol"), bits=_SOBOL_BITS)
-        points = sequence.random_base2((n - 1).bit_length())[:n]
-        points += 2.0 ** -(_SOBOL_BITS + 1)  # the middle of its cell: never 0
         return {
-            name: ndtri(points[:, column])
-            for column, name in enumerate(PARAMETERS)
+            name: ndtri(sobol.coordinate(dimension, n, rng(seed, name)))
+            for dimension, name in enumerate(PARAMETERS)
             if name in self.parameters
         }
 

@@ -279,7 +279,7 @@ def test_draws_are_the_same_in_every_process() -> None:
     )
 
 
-GOLDEN_VMPTRLD = 219.4276334825873
+GOLDEN_VMPTRLD = 184.3428149131057
 
 
 def test_each_slice_of_equal_probability_is_drawn_once() -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from nvmx_lab.notebook_parameters import BetterPolicies, KernelStackRandomization
 from nvmx_lab.study import break_even, compare, kernel_stack, policy_gap, series
-from nvmx_lab.workload import mixes
 
 SEEDS = (1, 2, 3)
 CPUS = ["skylake-2015", "skylake-2015-blind", "haswell-2013", "icelake-2021"]
@@ -16,12 +15,19 @@ CYCLES, SHARE = 1.0, 0.005
 """What a median near zero may move by: the last digit that pages show."""
 
 
+PULLS_AT_SOME = (
+    *("cpuid", "linux-boot-nokstack", "xen-boot", "thread-churn", "kvm-5-2-l1-timer", "overcommit"),
+    *("linux-boot-kstack", "xen-emulation", "16bit-firmware", "virtualbox-desktop"),
+)
+"""The other mixes pull after hardly any exit, or after nearly all: less is left to the draw."""
+
+
 def compared(seed):
-    return pd.DataFrame([compare.compare(mix, seed=seed).summary() for mix in mixes.names()])
+    return pd.DataFrame([compare.compare(mix, seed=seed).summary() for mix in PULLS_AT_SOME])
 
 
 def series_of(seed):
-    return series.waterfall(seed=seed).frame
+    return series.waterfall(["cpuid", "inl-from-pmtimer"], seed=seed).frame
 
 
 def break_even_rates(seed):
