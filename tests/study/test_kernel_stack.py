@@ -191,7 +191,7 @@ def test_the_parts_of_the_write_are_what_the_mechanism_says(runs):
 def test_savings_are_those_of_compare(runs):
     frame = study.savings(runs, cpus=CPUS, seed=3).set_index(["mix", "write", "cpu"])
     for mix in study.MIXES:
-        same = {"exits": EXITS, "seed": 3, "draws": study.DRAWS}
+        same = {"exits": EXITS, "seed": 3, "draws": prices.DRAWS}
         other = compare(mix, kvm=["6.1"], sync=["eager", "lazy"], **same)
         own = frame.loc[(mix, True, "skylake-2015")]
         for quantile, cycles in other.saving["round_trip_cycles"].items():
@@ -204,7 +204,7 @@ def test_savings_are_those_of_compare(runs):
 
 def test_fixes_lie_between_nothing_and_no_write_at_all(runs):
     frame = study.fixes(runs, cpus=["skylake-2015"], seed=3)
-    drawn = prices.load("skylake-2015").draw(study.DRAWS, 3)
+    drawn = prices.load("skylake-2015").draw(prices.DRAWS, 3)
     for run in runs:
         some = frame[frame["mix"] == run.mix.name].set_index("fix")
         assert some.loc[study.WITHOUT, ["closed_p05", "closed_p95"]].tolist() == [1.0, 1.0]
