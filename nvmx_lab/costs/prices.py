@@ -64,10 +64,10 @@ _CYCLES, _PER_INSTRUCTION = "TSC cycles", "TSC cycles per instruction"
 RHO = 0.5
 """Correlation of `next` with `first` (of their normals): assumed, nothing is published."""
 
-_Z95 = NormalDist().inv_cdf(0.95)
 DRAWS = 2**16
 """Price lists drawn by default: a power of two, where a Sobol sequence is most even."""
 
+_Z95 = NormalDist().inv_cdf(0.95)
 _MOST_DRAWS = 10_000_000
 _Id = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60)]
 _Text = Annotated[str, Field(min_length=1, max_length=2000)]

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvmx_lab import data
+from nvmx_lab.cli import cli
 from nvmx_lab.costs import prices
 from nvmx_lab.costs.pricing import price
 from nvmx_lab.errors import LabError
 from nvmx_lab.nested.ops import parse
 from nvmx_lab.nested.policies import SYNC_POLICIES
 from nvmx_lab.nested.primitives import COUNTERS, PRIMITIVES
+from nvmx_lab.notebook_parameters import BreakEven, ReproduceTheSaving, TheSeries
 from nvmx_lab.study.compare import QUANTILES, compare, pairs_of, verdict
-from nvmx_lab.study.simulate import P, config_of, simulate, simulate_mix
+from nvmx_lab.study.simulate import EXITS, P, config_of, simulate, simulate_mix
 from nvmx_lab.study.sweep import sweep
 from nvmx_lab.workload import mixes, streams
 
@@ -401,3 +403,10 @@ def test_bad_input_is_refused(given_, says):
 def test_simulation_needs_somebody():
     with pytest.raises(LabError, match="nothing to simulate"):
         simulate_mix("cpuid", [], [], exits=10, seed=1)
+
+
+def test_the_command_line_and_the_notebooks_draw_as_many_exits():
+    (option,) = [each for each in cli.commands["compare"].params if each.name == "exits"]
+    assert option.default == EXITS
+    for notebook in (ReproduceTheSaving(mix="cpuid"), TheSeries(), BreakEven()):
+        assert notebook.exits == EXITS

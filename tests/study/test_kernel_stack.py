@@ -191,8 +191,7 @@ def test_the_parts_of_the_write_are_what_the_mechanism_says(runs):
 def test_savings_are_those_of_compare(runs):
     frame = study.savings(runs, cpus=CPUS, seed=3).set_index(["mix", "write", "cpu"])
     for mix in study.MIXES:
-        same = {"exits": EXITS, "seed": 3, "draws": prices.DRAWS}
-        other = compare(mix, kvm=["6.1"], sync=["eager", "lazy"], **same)
+        other = compare(mix, kvm=["6.1"], sync=["eager", "lazy"], exits=EXITS, seed=3)
         own = frame.loc[(mix, True, "skylake-2015")]
         for quantile, cycles in other.saving["round_trip_cycles"].items():
             assert own[f"saving_{quantile}"] == pytest.approx(cycles, rel=1e-9)
