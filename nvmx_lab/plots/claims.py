@@ -163,13 +163,13 @@ _QUANTILES: Final = ("p05", "p50", "p95")
 
 
 def _finding(shown: pd.DataFrame, fits: list[str]) -> str:
-    """Say how many of the claims that a fit did not use lie outside its prediction."""
+    """Say how many of the claims that test a fit lie outside its prediction."""
     parts = []
     for fit in fits:
-        unused = shown[(shown["fit"] == fit) & ~shown["used"]]
+        unused = shown[(shown["fit"] == fit) & ~shown["used"] & (shown["verdict"] != "prior alone")]
         outside = int((unused["verdict"] == "outside").sum())
         parts.append(f"{outside} of {len(unused)} {_FITS[fit][2]}")
-    return f"Claims not fitted that lie outside what is predicted: {listed(parts)}"
+    return f"Claims held out that lie outside what the fit predicts: {listed(parts)}"
 
 
 def _interval(

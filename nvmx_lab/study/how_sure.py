@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvmx_lab.costs import prices
-from nvmx_lab.costs.calibration import FITS, STEPS, Calibration, calibrate, predict
+from nvmx_lab.costs.calibration import FITS, STEPS, Calibration, calibrate, predict, weights
 from nvmx_lab.costs.claims import TARGET, Claim, claims
 from nvmx_lab.errors import LabError
 from nvmx_lab.study.compare import QUANTILES, priced
@@ -85,7 +85,8 @@ def against_claims(calibrations: Mapping[str, Calibration], *, seed: int = 1) ->
     """Hold every claim against what each fit predicts for it.
 
     A claim is inside if its number lies in the 90 % interval of the prediction with the claim's own
-    (assumed) error added. Claims that a fit used are marked: for them that is no test.
+    (assumed) error added. Claims that a fit used are marked: for them that is no test. Nor is it
+    for a claim all of whose prices no fitted claim is about.
 
     Returns
     -------
@@ -93,8 +94,10 @@ def against_claims(calibrations: Mapping[str, Calibration], *, seed: int = 1) ->
         One row per fit and claim: fit, claim, description, detail, per, microarchitecture, year,
         role, used (by this fit), counts ("simulated", "assumed" or ""), stated_cycles, sd_cycles,
         at_least, cycles_p05, cycles_p50, cycles_p95 (predicted), low_cycles, high_cycles (with the
-        error added), verdict ("inside", "inside, weak", "outside", "no prediction"), times_stated
-        (median over the stated number), note, source.
+        error added), verdict ("inside", "inside, weak", "outside", "prior alone", "no
+        prediction"), times_stated (median over the stated number), free_cycles_p05 ... _p95 (if a
+        VMREAD behind another took nothing; NaN without one), mended_by_next (whether some price of
+        it brings the claim inside; None if the claim is not outside, or has none), note, source.
 
     Raises
     ------
@@ -109,18 +112,47 @@ def against_claims(calibrations: Mapping[str, Calibration], *, seed: int = 1) ->
     predictable = [claim for claim in known if claim.counts is not None]
     rows = []
     for fit, calibration in calibrations.items():
-        cycles = predict(predictable, calibration.posterior, prices.DRAWS, seed)
+        posterior = calibration.posterior
+        cycles = predict(predictable, posterior, prices.DRAWS, seed)
+        bill = weights(predictable, posterior)
+        names = list(posterior.parameters)
+        fitted = np.array([bool(posterior.parameters[name].claims) for name in names])
+        of_next = bill[:, names.index("vmread_next")]
+        free = cycles - of_next[:, None] * np.maximum(bare_next(posterior, seed), 0)
         used = {claim.id for claim in calibration.claims}
-        predicted = dict(zip((claim.id for claim in predictable), cycles, strict=True))
+        place = {claim.id: k for k, claim in enumerate(predictable)}
         for claim in known:
-            row = _judged(claim, predicted.get(claim.id), seed)
+            k = place.get(claim.id)
+            if k is None or claim.cycles != claim.cycles:
+                row = _not_judged(claim)
+            else:
+                row = _judged(claim, cycles[k], free[k] if of_next[k] else None, seed)
+                if not bill[k, fitted].any():
+                    row["verdict"] = "prior alone"
             rows.append({"fit": fit, "used": claim.id in used, **row})
     return pd.DataFrame(rows)
 
 
-def _judged(claim: Claim, predicted: prices.FloatArray | None, seed: int) -> dict[str, Any]:
-    """Return a claim beside its prediction."""
-    about = {
+def bare_next(price_list: prices.PriceList, seed: int = 0) -> prices.FloatArray:
+    """Return drawn prices of a VMREAD behind another, without the instructions beside it.
+
+    Returns
+    -------
+    float64[DRAWS]
+        TSC cycles. Below 0 where a list leaves less for both than the instructions are taken to
+        cost.
+    """
+    drawn = price_list.sample(prices.DRAWS, seed)
+    included = price_list.parameters["vmread_next"].includes_instructions
+    bare: prices.FloatArray = drawn["vmread_next"] - included * drawn["cpi"]
+    return bare
+
+
+_FREE = tuple(f"free_cycles_{q}" for q in QUANTILES)
+
+
+def _about(claim: Claim) -> dict[str, Any]:
+    return {
         "claim": claim.id,
         "description": claim.description,
         "detail": claim.detail,
@@ -135,26 +167,45 @@ def _judged(claim: Claim, predicted: prices.FloatArray | None, seed: int) -> dic
         "note": claim.note,
         "source": claim.source,
     }
-    nothing = dict.fromkeys(
-        (*(f"cycles_{q}" for q in QUANTILES), "low_cycles", "high_cycles", "times_stated"),
-        float("nan"),
-    )
-    if predicted is None or claim.cycles != claim.cycles:
-        return {**about, **nothing, "verdict": "no prediction"}
+
+
+def _not_judged(claim: Claim) -> dict[str, Any]:
+    """Return a claim without a number, or without a prediction."""
+    predicted = (*(f"cycles_{q}" for q in QUANTILES), "low_cycles", "high_cycles", "times_stated")
+    nothing = dict.fromkeys((*predicted, *_FREE), float("nan"))
+    return {**_about(claim), **nothing, "verdict": "no prediction", "mended_by_next": None}
+
+
+def _judged(
+    claim: Claim, predicted: prices.FloatArray, free: prices.FloatArray | None, seed: int
+) -> dict[str, Any]:
+    """Return a claim beside its prediction; `free`: if VMREADs behind another took nothing."""
+    about = _about(claim)
     sd = claim.sd if claim.sd == claim.sd else 0.0
-    noise = prices.rng(seed, f"claim {claim.id}").standard_normal(len(predicted))
-    low, high = np.quantile(predicted + sd * noise, (0.05, 0.95))
+    noise = sd * prices.rng(seed, f"claim {claim.id}").standard_normal(len(predicted))
+    low, high = np.quantile(predicted + noise, (0.05, 0.95))
     inside = claim.cycles <= high if about["at_least"] else low <= claim.cycles <= high
+    mended = None
+    if free is not None and not inside:
+        # Dearer they would bring any prediction up; cheaper than nothing they cannot be.
+        mended = bool(claim.cycles > high or claim.cycles >= np.quantile(free + noise, 0.05))
     weak = low <= 0 or high / low > AGREES_WITH_ANYTHING
     ends = np.quantile(predicted, (0.05, 0.5, 0.95))
     return {
         **about,
         **{f"cycles_{q}": float(v) for q, v in zip(QUANTILES, ends, strict=True)},
+        **dict(zip(_FREE, _quantiles(free), strict=True)),
+        "mended_by_next": mended,
         "low_cycles": float(low),
         "high_cycles": float(high),
         "times_stated": float(ends[1] / claim.cycles),
         "verdict": ("inside, weak" if weak else "inside") if inside else "outside",
     }
+
+
+def _quantiles(values: prices.FloatArray | None) -> list[float]:
+    nothing = [float("nan")] * len(QUANTILES)
+    return nothing if values is None else np.quantile(values, (0.05, 0.5, 0.95)).tolist()
 
 
 def savings(
