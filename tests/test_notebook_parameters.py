@@ -15,7 +15,8 @@ from nvmx_lab.errors import LabError
 ONE = "01_reproduce_the_saving"
 ALL = "02_across_workload_mixes"
 CELL = (
-    'kvm_before = "5.2"\nkvm_after = "5.2+patch13"\ncpu = "skylake-2015"\nexits = 20_000\nseed = 1'
+    'kvm_before = "5.2"\nkvm_after = "5.2+patch13"\ncpu = "skylake-2015"\n'
+    "exits = 1_000_000\nseed = 1"
 )
 
 
@@ -35,7 +36,7 @@ def test_defaults_are_filled_in():
         "kvm_before": "5.2",
         "kvm_after": "5.2+patch13",
         "cpu": "skylake-2015",
-        "exits": 20_000,
+        "exits": 1_000_000,
         "seed": 1,
     }
 
@@ -55,7 +56,7 @@ def test_numpy_and_tuples_become_what_json_knows():
         ("exits", -1),
         ("exits", 10**9 + 1),
         ("exits", True),
-        ("exits", 20_000.0),
+        ("exits", 1_000_000.0),
         ("exits", "20000"),
         ("exits", None),
         ("exits", np.float64(3)),
@@ -132,8 +133,14 @@ def test_notebook_that_agrees(tmp_path):
     [
         (CELL, "does not assign 'mix'"),
         (f'mix = "cpuid"\n{CELL}\nexit = 3', "did you mean 'exits'"),
-        (f'mix = "cpuid"\n{CELL.replace("20_000", "20_001")}', "the default of 'exits' differs"),
-        (f'mix = "cpuid"\n{CELL.replace("20_000", "20_000.0")}', "the default of 'exits' differs"),
+        (
+            f'mix = "cpuid"\n{CELL.replace("1_000_000", "1_000_001")}',
+            "the default of 'exits' differs",
+        ),
+        (
+            f'mix = "cpuid"\n{CELL.replace("1_000_000", "1_000_000.0")}',
+            "the default of 'exits' differs",
+        ),
         (
             f'mix = "cpuid"\n{CELL.replace("seed = 1", "seed = True")}',
             "the default of 'seed' differs",

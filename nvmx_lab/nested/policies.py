@@ -229,9 +229,9 @@ class PerField(SyncPolicy):
 
 @register("oracle")
 class Oracle(SyncPolicy):
-    """The lower bound of what any policy can cost."""
+    """The lower bound for policies that copy all rare fields or none."""
 
-    meaning = "knows the future: reads at the exit if L1 will need them, never pulls (lower bound)"
+    meaning = "knows the future: reads at the exit if L1 will need them, never pulls"
 
     def at_exit(self, l0: Nvmx, reason: str, *, foreseen: bool) -> bool:
         """Sync at once if L1 will need a rare field."""

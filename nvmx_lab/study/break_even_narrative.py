@@ -185,7 +185,8 @@ def _of_rates(kvm: str, cpu: str, rates: pd.DataFrame) -> str:
         f"as fewer than **{_share(plain['break_even_rate_p50'])} of the exits** pull (90{_SPACE}% "
         f"interval {_span(plain, 'break_even_rate', _share)}): a skipped reader is worth "
         f"{_cycles(plain['reader_cycles_p50'])}{_SPACE}cycles, a pull costs "
-        f"{_cycles(plain['pull_cycles_p50'])}."
+        f"{_cycles(plain['pull_cycles_p50'])}. (Medians, each on its own: the rate is the median "
+        "of the draws' ratios, not the ratio of two medians.)"
     )
     if ibpb is None:
         return f"{text} An IBPB has no price there."
@@ -258,7 +259,7 @@ def _bears(row: Mapping[str, Any]) -> str:
         return "never pulls"
     if row["bears_switch_cycles_p50"] < 0:
         return "not even for nothing"
-    if row["bears_switch_cycles_p05"] > _FAR:
+    if row["bears_switch_cycles_p50"] > _FAR:
         return f"above {_cycles(_FAR)}"
     return _interval(row, "bears_switch_cycles", _cycles)
 

@@ -418,7 +418,8 @@ def answer(
     lines = [
         f"**A VMWRITE of HOST_RSP made {_share(boot['host_rsp_share'])} of the reflected exits of "
         f"the largest executed run pull, all other causes together "
-        f"{_share(boot['other_share'])}.** ({boot['l2']}, randomization {boot['randomization']}.)",
+        f"{_share(boot['other_share'])}.** {badge('executed')} ({boot['l2']}, randomization "
+        f"{boot['randomization']}.)",
         "",
     ]
     for mix in dict.fromkeys(savings["mix"]):

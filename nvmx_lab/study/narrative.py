@@ -468,14 +468,19 @@ def largest(frame: pd.DataFrame, top: int = 8) -> pd.DataFrame:
         How many; the steps that the sync changes follow if they are not among them.
     """
     order = frame.groupby("step")["cycles_p50"].sum().sort_values(ascending=False).index
-    special = [s for s in ("rare fields", "switch of VMCS") if s in order[top:]]
+    sides = [side.groupby("step")["cycles_p50"].sum() for _, side in _sides(frame)]
+    moved = sides[0].sub(sides[1], fill_value=0.0).abs()
+    special = [step for step in order[top:] if moved[step] > NO_DIFFERENCE_CYCLES]
     return _parts(frame, "step", list(order), "step").loc[[*order[:top], *special, "all"]]
 
 
 def of_sides(frame: pd.DataFrame) -> str:
     """Return which L0s "before" and "after" are."""
     (before, _), (after, _) = _sides(frame)
-    return f"Before: {before}; after: {after}."
+    return (
+        f"Before: {before}; after: {after}. Cycles: the steps' medians, added up, which is not the "
+        "median of the whole."
+    )
 
 
 def _parts(frame: pd.DataFrame, column: str, order: list[str], name: str) -> pd.DataFrame:

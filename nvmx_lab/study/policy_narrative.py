@@ -217,15 +217,17 @@ def answer(gaps: PolicyGaps, frame: pd.DataFrame, overall: pd.DataFrame) -> str:
     without = frame[frame["policy"] == BASELINE]
     none = int(without["closed_p50"].isna().sum())
     lines = [
-        f"{_headline(overall[overall['group'] == _ALL])} On {none} of {len(without)} workloads "
-        f"lazy is within {NO_GAP_CYCLES:.0f} cycles of the oracle: nothing to gain there, and a "
-        "guess costs what it costs.",
+        f"{_headline(overall[overall['group'] == _ALL])} {badge('simulated')} On {none} of "
+        f"{len(without)} workloads lazy is within {NO_GAP_CYCLES:.0f} cycles of the oracle: "
+        "nothing to gain there, and a guess costs what it costs.",
         "",
     ]
-    lines += [f"- {text}" for kind in kinds for text in _where_it_matters(overall, kind)]
+    said = [text for kind in kinds for text in _where_it_matters(overall, kind)]
     own = frame[~frame["policy"].isin([BASELINE, BOUND])]
     wide = own[own["closed_p50"].notna()]
-    lines += [f"- {text}" for text in (*_of_adaptive(frame), *_of_parts(wide), *_of_order(frame))]
+    said += [*_of_adaptive(frame), *_of_parts(wide)]
+    lines += [f"- {badge('simulated')} {text}" for text in said]
+    lines += [f"- {text}" for text in _of_order(frame)]
     lines.append(f"- {badge('assumed')} {_of_guessing(frame, overall)}")
     assumed = gaps.assumed_prices()
     if assumed:

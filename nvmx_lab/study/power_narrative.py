@@ -138,9 +138,11 @@ def of_question() -> str:
     return (
         f"{badge('published')} Claim A is {asked['in_run_cycles']:.1f} cycles for each of "
         f"{asked['vmreads']:.0f} VMREADs in a run; {asked['claims']:.0f} claims about a single one "
-        f"say {asked['alone_low']:g} to {asked['alone_high']:g}. In a loop of nothing but those "
-        "VMREADs the signal is the whole loop. The noise is taken to be the same per cent of it, "
-        "although a loop so short also has the granularity of the clock, a cycle or two."
+        f"say {asked['alone_low']:g} to {asked['alone_high']:g}. Without claim A the other claims "
+        "put one in a run below one alone, and above claim A ([notebook 04](04_how_sure.ipynb)). "
+        "In a loop of nothing but those VMREADs the signal is the whole loop. The noise is taken "
+        "to be the same per cent of it, although a loop so short also has the granularity of the "
+        "clock, a cycle or two."
     )
 
 
@@ -194,8 +196,9 @@ def answer(frame: pd.DataFrame, alarms: pd.DataFrame, micro: pd.DataFrame) -> st
         "- **Boots, not repeats.** One boot of each kernel decides nothing, however often the loop "
         f"runs in it: up to {_percent(most['rate'])} of such comparisons find a difference that is "
         f"none, by the shares of noise that are {badge('assumed')}.",
-        f"- **The short way**: time the {asked['vmreads']:.0f} VMREADs alone. {few} boots are "
-        "enough for the t test; the protocol asks for more because an interval is wanted too.",
+        f"- **The short way** {badge('simulated')}: time the {asked['vmreads']:.0f} VMREADs "
+        f"alone. {few} boots are enough for the t test; the protocol asks for more because an "
+        "interval is wanted too.",
     ]
     return "\n".join(
         [
@@ -207,8 +210,9 @@ def answer(frame: pd.DataFrame, alarms: pd.DataFrame, micro: pd.DataFrame) -> st
             "What would settle it: **n back-to-back VMREADs, n from 1 to 64, and VMPTRLD in turn "
             "of two VMCSs, hot, evicted and with the VM-entry after it, on one named Intel host "
             "over ten boots** (`data/protocol/README.md`). That is the price of a first and of a "
-            f"next VMREAD ({asked['in_run_cycles']:.1f} against {asked['alone_low']:g} to "
-            f"{asked['alone_high']:g} cycles), and of the switch that nobody has published. "
+            f"next VMREAD ({asked['alone_low']:g} to {asked['alone_high']:g} and "
+            f"{asked['in_run_cycles']:.1f} cycles by the claims {badge('published')}), and of the "
+            "switch that nobody has published. "
             "`nvmx-lab cpus import` makes a price list of it.",
         ]
     )

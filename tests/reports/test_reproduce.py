@@ -98,7 +98,7 @@ def test_notebook_that_disagrees_with_its_class_is_refused(folder, tmp_path):
     wrong.mkdir()
     for path in folder.iterdir():
         text = path.read_text("utf-8")
-        (wrong / path.name).write_text(text.replace("20_000", "20_001"))
+        (wrong / path.name).write_text(text.replace("1_000_000", "1_000_001"))
     with pytest.raises(LabError, match="the default of 'exits' differs"):
         reproduce.reproduce(["cpuid"], out=tmp_path / "out", notebooks=wrong)
     assert not (tmp_path / "out").exists()

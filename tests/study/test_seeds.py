@@ -10,7 +10,7 @@ from nvmx_lab.notebook_parameters import BetterPolicies, KernelStackRandomizatio
 from nvmx_lab.study import break_even, compare, kernel_stack, policy_gap, series
 
 SEEDS = (1, 2, 3)
-CPUS = ["skylake-2015", "skylake-2015-blind", "haswell-2013", "icelake-2021"]
+CPUS = ["skylake-2015", "skylake-2015-blind", "haswell-2013", "icelake-2021", "nehalem-2009"]
 CYCLES, SHARE = 1.0, 0.005
 """What a median near zero may move by: the last digit that pages show."""
 
