@@ -120,8 +120,7 @@ def held_out(frame: pd.DataFrame, fit: str) -> pd.DataFrame:
                 "stated": _stated(row),
                 "predicted": _span(row, "cycles_p05", "cycles_p50", "cycles_p95"),
                 "with the claim's error": _ends(row),
-                "verdict": row["verdict"],
-                "which means": _meaning(row),
+                "verdict": _meaning(row),
                 "counts": row["counts"] or "none",
             }
         )
@@ -227,7 +226,7 @@ def of_contradictions(frame: pd.DataFrame, fit: str = "with-claim") -> str:
     inside = tested[tested["verdict"] == "inside"]
     weak = tested[tested["verdict"] == "inside, weak"]
     text = (
-        f"Of {len(tested)} claims that this fit did not use, {_ids(outside['claim'])} "
+        f"Of {len(tested)} claims that test this fit, {_ids(outside['claim'])} "
         f"{_are(len(outside))} outside the prediction, {_ids(inside['claim'])} "
         f"{_are(len(inside))} inside, and {_ids(weak['claim'])} {_are(len(weak))} inside an "
         "interval so wide that it tests little."
@@ -388,13 +387,17 @@ def _meaning(row: Mapping[str, Any]) -> str:
             return "agrees, as almost any number would"
         case "prior alone":
             return "says nothing of the fit: no claim was fitted to its prices"
-    return _why(row)
+    return f"contradicts: predicted {_off(row)}"
 
 
 def _why(row: Mapping[str, Any]) -> str:
+    numbers = f"{row['cycles_p50']:,.0f} for {row['stated_cycles']:,.0f} cycles"
+    return f"predicted {_off(row)} ({numbers})"
+
+
+def _off(row: Mapping[str, Any]) -> str:
     times = row["times_stated"]
-    said = f"{times:.1f} times too high" if times > 1 else f"{1 / times:.1f} times too low"
-    return f"predicted {said} ({row['cycles_p50']:,.0f} for {row['stated_cycles']:,.0f} cycles)"
+    return f"{times:.1f} times too high" if times > 1 else f"{1 / times:.1f} times too low"
 
 
 def _stated(row: Mapping[str, Any]) -> str:
