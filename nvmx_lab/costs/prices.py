@@ -310,8 +310,7 @@ class PriceList:
         dict of str to float64[n]
             Prices in TSC cycles (cpi: per instruction). A fraction is multiplied by its `first`; a
             `next` in cycles is correlated with its `first` (`RHO`) and cut at it: where the two are
-            close, fewer of its draws are high than its quantiles say (nehalem-2009: a 95 % quantile
-            of 37 for 40).
+            close (nehalem-2009, core2-2006), fewer of its draws are high than its quantiles say.
         """
         drawn: dict[str, FloatArray] = {}
         for name, price in self.parameters.items():
@@ -324,6 +323,23 @@ class PriceList:
                 z = RHO * normal[first] + (1 - RHO**2) ** 0.5 * normal[name]
                 drawn[name] = np.minimum(price.at(z), drawn[first])
         return drawn
+
+    def bare(self, name: str, drawn: Mapping[str, FloatArray]) -> FloatArray:
+        """Take the instructions that a price includes off it.
+
+        Parameters
+        ----------
+        name : str
+            Parameter.
+        drawn : mapping of str to float64[n]
+            Of `sample`.
+
+        Returns
+        -------
+        float64[n]
+            TSC cycles. Below 0 where a draw leaves less for both than the instructions take in it.
+        """
+        return drawn[name] - self.parameters[name].includes_instructions * drawn["cpi"]
 
     def frame(self) -> pd.DataFrame:
         """Return one row per parameter; an unknown one has NaN quantiles and basis ``unknown``.

@@ -1,7 +1,7 @@
 """Scrambled Sobol sequences: numbers that fill the unit cube more evenly than independent ones.
 
-`scipy.stats.qmc` has them (a test holds these against it), but takes a second to import: as long as
-all else that a comparison does.
+`scipy.stats.qmc` has them (a test holds these against it), but takes about a second to import, and
+every `nvmx-lab compare` would pay for that.
 """
 
 from __future__ import annotations

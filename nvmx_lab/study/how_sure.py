@@ -17,6 +17,9 @@ from nvmx_lab.study.simulate import EXITS, simulate_mix
 if TYPE_CHECKING:
     import pandas as pd
 
+FREE = tuple(f"free_cycles_{q}" for q in QUANTILES)
+"""Columns: a claim's prediction if a VMREAD behind another took nothing."""
+
 AGREES_WITH_ANYTHING = 4.0
 """A predicted interval whose ends are further apart than by this factor tests little: assumed."""
 
@@ -118,7 +121,7 @@ def against_claims(calibrations: Mapping[str, Calibration], *, seed: int = 1) ->
         names = list(posterior.parameters)
         fitted = np.array([bool(posterior.parameters[name].claims) for name in names])
         of_next = bill[:, names.index("vmread_next")]
-        free = cycles - of_next[:, None] * np.maximum(bare_next(posterior, seed), 0)
+        free = cycles - of_next[:, None] * np.maximum(bare_next(posterior, seed), 0.0)
         used = {claim.id for claim in calibration.claims}
         place = {claim.id: k for k, claim in enumerate(predictable)}
         for claim in known:
@@ -139,16 +142,9 @@ def bare_next(price_list: prices.PriceList, seed: int = 0) -> prices.FloatArray:
     Returns
     -------
     float64[DRAWS]
-        TSC cycles. Below 0 where a list leaves less for both than the instructions are taken to
-        cost.
+        TSC cycles; see `nvmx_lab.costs.prices.PriceList.bare`.
     """
-    drawn = price_list.sample(prices.DRAWS, seed)
-    included = price_list.parameters["vmread_next"].includes_instructions
-    bare: prices.FloatArray = drawn["vmread_next"] - included * drawn["cpi"]
-    return bare
-
-
-_FREE = tuple(f"free_cycles_{q}" for q in QUANTILES)
+    return price_list.bare("vmread_next", price_list.sample(prices.DRAWS, seed))
 
 
 def _about(claim: Claim) -> dict[str, Any]:
@@ -172,7 +168,7 @@ def _about(claim: Claim) -> dict[str, Any]:
 def _not_judged(claim: Claim) -> dict[str, Any]:
     """Return a claim without a number, or without a prediction."""
     predicted = (*(f"cycles_{q}" for q in QUANTILES), "low_cycles", "high_cycles", "times_stated")
-    nothing = dict.fromkeys((*predicted, *_FREE), float("nan"))
+    nothing = dict.fromkeys((*predicted, *FREE), float("nan"))
     return {**_about(claim), **nothing, "verdict": "no prediction", "mended_by_next": None}
 
 
@@ -194,7 +190,7 @@ def _judged(
     return {
         **about,
         **{f"cycles_{q}": float(v) for q, v in zip(QUANTILES, ends, strict=True)},
-        **dict(zip(_FREE, _quantiles(free), strict=True)),
+        **dict(zip(FREE, _quantiles(free), strict=True)),
         "mended_by_next": mended,
         "low_cycles": float(low),
         "high_cycles": float(high),
@@ -221,7 +217,8 @@ def savings(
     Returns
     -------
     DataFrame
-        One row per price list: prices, cpu, basis, claims, and exit_leg_cycles_p05 ... _p95 (the
+        One row per price list: prices, cpu, rests_on_the_claim, meets_the_claim (whether the
+        patch's claim is inside, as in `against_claims`), and exit_leg_cycles_p05 ... _p95 (the
         saving per nested exit).
     """
     import pandas as pd
@@ -231,14 +228,17 @@ def savings(
         f"fit: {fit}": calibration.posterior for fit, calibration in calibrations.items()
     }
     lists |= {f"shipped: {cpu}": prices.load(cpu) for cpu in (prices.DEFAULT, prices.BLIND)}
+    target = claims()[TARGET]
     rows = []
     for name, price_list in lists.items():
+        (predicted,) = predict([target], price_list, prices.DRAWS, seed)
         saving = priced(chosen, simulated, price_list, seed=seed).saving["exit_leg_cycles"]
         rows.append(
             {
                 "prices": name,
                 "cpu": price_list.id,
                 "rests_on_the_claim": TARGET in price_list.claims,
+                "meets_the_claim": _judged(target, predicted, None, seed)["verdict"] != "outside",
                 **{f"exit_leg_cycles_{q}": saving[q] for q in QUANTILES},
             }
         )

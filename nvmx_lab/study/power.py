@@ -428,11 +428,8 @@ def bare_run(cpu: str, vmreads: int) -> float:
     """
     price_list = prices.load(cpu)
     drawn = price_list.sample(prices.DRAWS, seed=0)
-    cycles = drawn["vmread_first"] + (vmreads - 1) * drawn["vmread_next"]
-    for name, times in (("vmread_first", 1), ("vmread_next", vmreads - 1)):
-        included = price_list.parameters[name].includes_instructions
-        cycles = cycles - times * included * drawn["cpi"]
-    return float(np.median(cycles))
+    first, following = (price_list.bare(f"vmread_{which}", drawn) for which in ("first", "next"))
+    return float(np.median(first + (vmreads - 1) * following))
 
 
 def _designs(loop: float) -> list[tuple[str, str, float | None, float, float]]:

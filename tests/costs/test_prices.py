@@ -288,6 +288,15 @@ def test_each_slice_of_equal_probability_is_drawn_once() -> None:
         assert slices == list(range(1_024)), name
 
 
+def test_a_bare_price_is_one_without_the_instructions_it_includes() -> None:
+    mine = prices.load()
+    drawn = mine.sample(64, 2)
+    for name in ("vmread_first", "vmread_next"):
+        software = mine.parameters[name].includes_instructions * drawn["cpi"]
+        assert (software > 0).all()
+        np.testing.assert_allclose(mine.bare(name, drawn) + software, drawn[name])
+
+
 def test_draws_cannot_be_changed_by_accident() -> None:
     with pytest.raises(ValueError, match="read-only"):
         prices.load().draw(2).cycles[0, 0] = 1.0

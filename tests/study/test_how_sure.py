@@ -110,6 +110,9 @@ def test_what_the_kit_has_to_show(judged, priced):
     price = priced.set_index(["fit", "parameter"])["cycles_p50"]
     assert price["with-claim", "vmread_next"] < price["blind", "vmread_next"]
     assert price["blind", "vmread_next"] < price["blind", "vmread_first"]
+    per_vmread = {name: claims()[name].cycles / n for name, n in (("A", 35), ("O", 256))}
+    assert price["blind", "vmread_next"] > per_vmread["A"]  # notebook 09 says so
+    assert 2.5 < per_vmread["O"] / per_vmread["A"] < 3.5  # notebook 04: about three times
 
 
 def test_the_saving_with_the_posterior_is_the_prediction_of_the_claim(fits, judged):
@@ -119,6 +122,11 @@ def test_the_saving_with_the_posterior_is_the_prediction_of_the_claim(fits, judg
         row["cycles_p50"], rel=0.02
     )
     assert list(saving["rests_on_the_claim"]) == [False, True, True, True, False]
+    for fit in fits:  # one rule, wherever the claim is held against a fit
+        row = judged[(judged["fit"] == fit) & (judged["claim"] == "A")].iloc[0]
+        assert saving.loc[f"fit: {fit}", "meets_the_claim"] == (row["verdict"] != "outside")
+    missing = saving.assign(meets_the_claim=False).reset_index()
+    assert "misses it" in narrative.savings(missing).iloc[1, 1]
 
 
 def test_nothing_to_hold_against_is_refused():

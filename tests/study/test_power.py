@@ -143,6 +143,7 @@ def test_the_open_question_is_that_of_the_claims():
     assert asked["in_run_cycles"] == pytest.approx(200 / 35)
     assert (asked["alone_low"], asked["alone_high"], asked["claims"]) == (15, 30, 3)
     micro = power.microbenchmark(0.9)
+    assert set(micro["loop_cycles"]) == {200.0, power.bare_run("skylake-2015-blind", 35)}
     full = power.needed(14_000, 200, 0.9)
     assert micro["runs"].max() < full["runs"].min()
 
