@@ -44,7 +44,7 @@ def of_claims() -> str:
 
     known = claims().values()
     by = {
-        role: [c.id for c in known if c.role == role]
+        role: [c.id for c in known if c.role == role and c.basis]
         for role in ("target", "fit", "check", "hold-out")
     }
     run = [c.id for c in known if c.basis == "simulated"]
@@ -193,7 +193,8 @@ def of_one_constant(frame: pd.DataFrame) -> str:
         if some:
             kinds.append(f"* of {access}s: {named}")
     return (
-        f"**One constant per access fails.** {badge('simulated')} It misses "
+        f"**One constant per access fails.** (Predicted: {badge('simulated')}, stated: "
+        f"{badge('published')}.) It misses "
         f"{_count(len(more), 'claim')} that two prices meet"
         + (f", {_ids(weakly)} as almost any number would" if weakly else "")
         + ":\n\n"
@@ -272,7 +273,8 @@ def answer(
             _of_held_out(frame),
             of_one_constant(frame),
             f"**What moves the answer most** is `{leader['input']}`: {leader['total']:.0%} of the "
-            "variance of the predicted saving, the inputs it acts with included "
+            "variance of the saving that prices made without the claim predict, the inputs it acts "
+            "with included "
             f"{badge('simulated')}.".replace("%", f"{_SPACE}%"),
             _of_measuring(calibrations),
             ""
@@ -309,7 +311,7 @@ def _of_held_out(frame: pd.DataFrame) -> str:
             f" Only {_ids(of_next)} have a VMREAD behind another in them; of those "
             f"{len(good)} of {len(of_next)} agree: "
             + "; ".join(f"{k} is {_why(tested[k])}" for k in of_next if k not in good)
-            + "."
+            + f" (predicted: {badge('simulated')}, stated: {badge('published')})."
         )
     other = [k for k in by["outside"] if tested[k]["mended_by_next"] is False]
     if other:
@@ -319,13 +321,17 @@ def _of_held_out(frame: pd.DataFrame) -> str:
                 f"{_span(tested[k], *FREE)} for the {tested[k]['stated_cycles']:,.0f} of {k}"
                 for k in other
             )
-            + f": what {_ids(other)} {'contradicts' if len(other) == 1 else 'contradict'} is "
-            "something else in the prices or the counts."
+            + f" {badge('simulated')}: what {_ids(other)} "
+            f"{'contradicts' if len(other) == 1 else 'contradict'} is something else in the "
+            "prices or the counts."
         )
     turned = [k for k in by["outside"] if rows["blind"][k]["verdict"] != "outside"]
     if turned:
+        weakly = all(rows["blind"][k]["verdict"] == "inside, weak" for k in turned)
         text += (
-            f" {_ids(turned)} {_are(len(turned))} inside without the patch's claim: it is the "
+            f" {_ids(turned)} {_are(len(turned))} inside without the patch's claim"
+            + (", as almost any number would be" if weakly else "")
+            + ": it is the "
             f"claim that {'contradicts it' if len(turned) == 1 else 'contradicts them'}."
         )
     return text
@@ -351,11 +357,12 @@ def _of_measuring(calibrations: Mapping[str, Calibration]) -> str:
         f"more takes {_decimal(middle, low, high)} cycles by the prices with the claim and "
         f"{_decimal(middle_other, low_other, high_other)} without it {badge('calibrated')}, both "
         f"less the {included:g} instructions that the prices include beside each "
-        f"{badge('assumed')}. More than {high:.0f} would contradict the claim. Less would not "
-        f"prove it: {shared} of the draws without it are there too. But it would replace the price "
-        "on which the saving hangs most by a measured one. (The claim's own machine is not stated. "
-        f"{below} of the draws with it are below 0: there it leaves less than those instructions "
-        "are taken to cost.) [Notebook 09](09_could_you_measure_it.ipynb) says how."
+        f"{badge('assumed')}. More than {high:.0f} would contradict the claim, if its machine, "
+        f"which is not stated, was one of those. Less would not prove it: {shared} of the draws "
+        "without it are there too. But it would replace the price on which the saving hangs most "
+        f"by a measured one. ({below} of the draws with it are below 0: there it leaves less than "
+        "those instructions are taken to cost.) "
+        "[Notebook 09](09_could_you_measure_it.ipynb) says how."
     )
 
 

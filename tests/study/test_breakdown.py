@@ -87,3 +87,12 @@ def test_rare_fields_of_each_exit_are_those_of_the_comparison():
 def test_every_operation_of_a_stream_has_a_leg():
     _, (simulated,) = simulate_mix("xen-boot", ["5.3"], [None], exits=EXITS, seed=2)
     assert {leg_of(operation) for operation in simulated.automaton.alphabet} <= set(LEGS)
+
+
+def test_without_the_rare_fields_the_eager_ones_start_the_straight_line():
+    """Notebook 03 says so: one VMREAD of the eager fields is a first one then, not a next one."""
+    _, both = simulate_mix("cpuid", PAIR, [None, None], exits=EXITS, seed=2)
+    eager, lazy = (counts_by_step(each)["L2 exit to L1", "eager fields"] for each in both)
+    moved = dict(zip(PRIMITIVES, (lazy - eager)[: len(PRIMITIVES)] / EXITS, strict=True))
+    assert moved["vmread_first"] == 1
+    assert moved["vmread_next"] == -1
